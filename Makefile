@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine needs; each first makes .venv where it is missing or stale.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# No window is opened, and small networks are faster on one thread: several only wait for each other.
+export SDL_VIDEODRIVER ?= dummy
+export MPLBACKEND ?= Agg
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow check bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/lunar_lander.py $(ARGS)
+
+# A file stays on one worker, so that what its tests share is made once.
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python tests/bench/overhead.py $(ARGS)
+
+# Leaves .venv, which is slow to make again, and runs/ and outputs/, which are somebody's results.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch goes first and alone: a build that is already at hand (CPU only, say) then satisfies everything that follows.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt pins versions for Python 3.11 and later; give one: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@

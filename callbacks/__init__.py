@@ -1,0 +1,5 @@
+"""Callbacks for SB3's ``learn``."""
+
+from sb3_qa.callbacks.joint import QACallback
+
+__all__ = ["QACallback"]

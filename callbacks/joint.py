@@ -1,0 +1,129 @@
+"""The callback that makes joint training happen: it records facts, makes labels, binds wrappers and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.buffers import label_rows, stop_labelling
+from sb3_qa.callbacks.rollout import Rollout
+from sb3_qa.errors import QAError
+from sb3_qa.questions import Catalogue
+from sb3_qa.wrappers.shape import ShapeRule
+from sb3_qa.wrappers.shell import check_around, qa_wrappers
+
+__all__ = ["QACallback", "bind_wrappers"]
+
+
+class QACallback(BaseCallback):
+    """Trains the questions of a policy made by :func:`sb3_qa.policies.qa_policy` together with the agent.
+
+    It records the facts of every step, makes labels of them beside the transitions, and binds the question-answering
+    wrappers of the training environment and of the eval environments of its sibling callbacks. It logs, for each
+    question, ``qa/<name>/loss``, ``accuracy`` or ``error``, ``brier``, ``auroc`` and ``base_rate`` (of answers given
+    before they were trained on), and catastrophe and veto rates, raw and shaped return where wrappers tell them.
+
+    Pass it to ``learn``, by itself or in a list of callbacks.
+
+    :param verbose: as in SB3
+    """
+
+    def __init__(self, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self._rollout: Rollout | None = None
+
+    def _init_callback(self) -> None:
+        if not hasattr(self.model.policy, "qa_head"):
+            name = type(self.model).__name__
+            raise QAError(
+                f"QACallback got a model whose {type(self.model.policy).__name__} has no questions; expected one made by qa_policy(); "
+                f"write {name}(qa_policy({name}), env, policy_kwargs=dict(questions=[...]))"
+            )
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            raise QAError(f"QACallback got {type(self.model).__name__}; expected PPO or A2C; use one of them")
+
+    def _on_training_start(self) -> None:
+        assert isinstance(self.model, OnPolicyAlgorithm)
+        catalogue: Catalogue = self.model.policy.qa_head.catalogue
+        _check_horizons(catalogue, self.model.n_steps)
+        answerer = QuestionAnswerer.from_model(self.model)
+        bind_wrappers(self.model.get_env(), answerer, self.model.gamma)
+        for env in _eval_envs(self.locals.get("callback")):
+            bind_wrappers(env, answerer, self.model.gamma)
+        joint = self.model.policy.qa_joint
+        limit = getattr(self.model, "max_grad_norm", None)
+        joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
+        label_rows(self.model.rollout_buffer, joint)
+        self._rollout = Rollout(self.model, answerer)
+
+    def _on_rollout_start(self) -> None:
+        assert self._rollout is not None
+        self._rollout.start()
+
+    def _on_step(self) -> bool:
+        assert self._rollout is not None
+        self._rollout.record(self.locals)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert self._rollout is not None and isinstance(self.model, OnPolicyAlgorithm)
+        joint = self.model.policy.qa_joint
+        joint.store = self._rollout.labels()
+        catalogue = self.model.policy.qa_head.catalogue
+        self._rollout.log(self.logger)
+        if joint.losses:  # of the update before
+            losses = torch.stack(joint.losses).mean(dim=0).tolist()
+            joint.losses.clear()
+            for question in catalogue.questions:
+                own = [loss for target, loss in zip(catalogue.targets, losses, strict=True) if target.question is question]
+                self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
+
+    def _on_training_end(self) -> None:
+        assert isinstance(self.model, OnPolicyAlgorithm)
+        stop_labelling(self.model.rollout_buffer)
+        self.model.policy.qa_joint.store = None
+        self._rollout = None
+
+
+def bind_wrappers(env: VecEnv | None, answerer: QuestionAnswerer, gamma: float | None = None) -> None:
+    """Let ``answerer`` answer in every wrapper of ``env`` that was not given an answerer of its own.
+
+    :param gamma: the agent's discount, for potential-based shaping that was not given one
+    :raises QAError: when a wrapper does not see what the policy sees
+    """
+    for wrapper, around in reversed(list(qa_wrappers(env))):  # innermost first: outer ones repeat what inner ones tell
+        rule = wrapper.rule
+        if rule.own:
+            continue
+        check_around(wrapper, around)
+        if isinstance(rule, ShapeRule) and rule.gamma is None:
+            rule.discount = gamma
+        wrapper.bind(answerer)
+
+
+def _eval_envs(callback: Any) -> Iterator[VecEnv]:
+    """Environments that callbacks hold, e.g. an EvalCallback's."""
+    if isinstance(getattr(callback, "eval_env", None), VecEnv):
+        yield callback.eval_env
+    children = [*getattr(callback, "callbacks", []), *(getattr(callback, name, None) for name in ("callback", "callback_after_eval"))]
+    for child in children:
+        if isinstance(child, BaseCallback):
+            yield from _eval_envs(child)
+
+
+def _check_horizons(catalogue: Catalogue, n_steps: int) -> None:
+    """Windows other than events need all of their steps within one rollout; say so instead of never learning them."""
+    for target in catalogue.targets:
+        if target.kind != "event" and target.horizon is not None and target.horizon > n_steps:
+            name, operator = target.question.name, target.question.truth.operator
+            raise QAError(
+                f"question {name!r} asks {operator}() over {target.horizon} steps and a rollout has n_steps={n_steps}; expected no more, as "
+                f"its truth would never be known; give the algorithm n_steps={target.horizon * 4} or ask about fewer steps"
+            )

@@ -1,0 +1,153 @@
+"""What is logged: scores of the answers, and what the wrappers told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_qa import scores
+from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
+from sb3_qa.buffers import flatten_rows
+from sb3_qa.head import decode
+from sb3_qa.labels import Cuts, LabelStore
+from sb3_qa.questions import Instance
+
+__all__ = ["EpisodeLog", "score_questions", "truths"]
+
+MOST_SCORED = 2048  # transitions of a rollout that answers are scored on
+
+
+class EpisodeLog:
+    """Collects what wrappers tell in ``info``: flags, vetoes, raw and shaped return.
+
+    :param n_envs: number of environments
+    """
+
+    def __init__(self, n_envs: int) -> None:
+        self._returns = np.zeros((2, n_envs))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._flags: dict[str, list[bool]] = {"qa/catastrophe": [], "qa/vetoed": []}
+        self._finished: list[NDArray[np.float64]] = []
+
+    def step(self, infos: Sequence[Mapping[str, Any]], rewards: NDArray[Any], dones: NDArray[np.bool_]) -> None:
+        """Take in one step of every environment, with the rewards the agent is given."""
+        for key, told in self._flags.items():
+            told.extend(info[key] for info in infos if key in info)
+        if "qa/raw_reward" in infos[0]:
+            for i, info in enumerate(infos):
+                self._returns[:, i] += info["qa/raw_reward"], rewards[i]
+                if dones[i]:
+                    self._finished.append(self._returns[:, i].copy())
+                    self._returns[:, i] = 0.0
+
+    def log(self, logger: Any) -> None:
+        """Record, and begin anew."""
+        for key, name in (("qa/catastrophe", "qa/catastrophe_rate"), ("qa/vetoed", "qa/veto_rate")):
+            if self._flags[key]:
+                logger.record(name, float(np.mean(self._flags[key])))
+        if self._finished:
+            raw, shaped = np.mean(self._finished, axis=0)
+            logger.record("qa/raw_return", float(raw))
+            logger.record("qa/shaped_return", float(shaped))
+        self._clear()
+
+
+def score_questions(logger: Any, answerer: QuestionAnswerer, buffer: RolloutBuffer, store: LabelStore, cuts: Cuts) -> None:
+    """Score answers about the transitions of a rollout before the agent is trained on them.
+
+    A question's figures are the means over its instances.
+    """
+    n_rows = len(store)
+    rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
+    reading = answerer.read(_observations(buffer, rows), keep=False)
+    room = _room(cuts, n_rows)[rows]
+    catalogue = answerer.catalogue
+    about_action = reading.action_logits(store.actions[rows]) if catalogue.n_state_logits < catalogue.n_logits else None
+    for question in catalogue.questions:
+        figures: dict[str, list[float]] = {}
+        for instance in question.instances:
+            target = catalogue.target_of[instance.key]
+            if instance.per_action:
+                assert about_action is not None
+                offset = catalogue.n_state_logits
+                logits = about_action[:, target.start - offset : target.stop - offset]
+            else:
+                logits = reading.state_logits()[:, target.start : target.stop]
+            truth = truths(instance, store, answerer, rows, room)
+            known = ~np.isnan(truth)
+            if known.any():
+                for name, figure in _figures(decode(instance, logits[known]), truth[known]).items():
+                    figures.setdefault(name, []).append(figure)
+        for name, values in figures.items():
+            finite = [value for value in values if np.isfinite(value)]
+            if finite:
+                logger.record(f"qa/{question.name}/{name}", float(np.mean(finite)))
+
+
+def truths(
+    instance: Instance, store: LabelStore, answerer: QuestionAnswerer, rows: NDArray[np.intp], room: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """What turned out to be true of each row, nan where it is not known.
+
+    Rows whose window does not fit before the cut are left out whatever happened in it, as keeping only their early
+    events would make events look frequent.
+
+    :param room: (len(rows),) number of steps from each row to the cut its future runs into
+    """
+    target = answerer.catalogue.target_of[instance.key]
+    if target.kind != "event":
+        column = [t for t in store.targets if t.kind != "event"].index(target)
+        return store.values[rows, column]
+    assert instance.horizon is not None
+    column = [t for t in store.targets if t.kind == "event"].index(target)
+    known, event = store.known[rows, column], store.event[rows, column]
+    if instance.question.truth.operator == "steps_until":
+        truth = np.minimum(known, instance.horizon).astype(np.float32)
+        truth[~event] = instance.horizon
+    else:
+        happens = event & (known <= instance.horizon)
+        truth = (happens if instance.question.truth.event_when else ~happens).astype(np.float32)
+    truth[room < instance.horizon] = np.nan
+    return truth
+
+
+def _figures(answer: Answer, truth: NDArray[np.float32]) -> dict[str, float]:
+    if isinstance(answer, YesNoAnswer):
+        p = answer.probability
+        return {
+            "accuracy": float(np.mean((p > 0.5) == (truth > 0.5))),
+            "brier": scores.brier(p, truth),
+            "auroc": scores.auroc(p, truth),
+            "base_rate": float(np.mean(truth)),
+        }
+    if isinstance(answer, ChoiceAnswer):
+        p = answer.probabilities.astype(np.float64)
+        option = truth.astype(np.intp)
+        p /= p.sum(axis=1, keepdims=True)
+        base_rate = np.bincount(option).max() / len(option)
+        return {"accuracy": scores.accuracy(p, option), "brier": scores.brier_choice(p, option), "base_rate": float(base_rate)}
+    return {"error": scores.absolute_error(answer.value, truth)}
+
+
+def _room(cuts: Cuts, n_rows: int) -> NDArray[np.int64]:
+    """Steps from each row to where its future is cut, or to the end of the rollout if its episode terminates before."""
+    n_steps, n_envs = cuts.row.shape
+    end = np.full((n_steps, n_envs), n_steps - 1)
+    cut = cuts.row >= 0
+    end[cut] = cuts.step[cuts.row[cut]]
+    return flatten_rows(end - np.arange(n_steps)[:, None] + 1).reshape(n_rows)
+
+
+def _observations(buffer: RolloutBuffer, rows: NDArray[np.intp]) -> Any:
+    """Observations of some rows of a full buffer, in the order that ``get`` hands rows out in."""
+    n_steps = buffer.buffer_size
+    env, step = np.divmod(rows, n_steps)
+    obs = buffer.observations
+    return {key: value[step, env] for key, value in obs.items()} if isinstance(obs, dict) else obs[step, env]

@@ -1,0 +1,207 @@
+"""Facts and actions of a rollout as it is collected, and the labels made of them when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.buffers import flatten_rows
+from sb3_qa.callbacks.log import EpisodeLog, score_questions
+from sb3_qa.facts import FactReader
+from sb3_qa.head import survival
+from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window, window_after
+from sb3_qa.questions import Target
+from sb3_qa.truth import Step
+from sb3_qa.wrappers.shell import VecQAWrapper, row
+
+__all__ = ["Rollout"]
+
+Floats = NDArray[np.float32]
+POLICY_SAMPLES = 8  # actions that stand for the policy at a cut, where they cannot be listed
+
+
+class Rollout:
+    """Facts and actions of one rollout, and the labels made of them."""
+
+    def __init__(self, model: OnPolicyAlgorithm, answerer: QuestionAnswerer) -> None:
+        self.model = model
+        self.answerer = answerer
+        self.catalogue = answerer.catalogue
+        self.reader = FactReader(self.catalogue)
+        self.episodes = EpisodeLog(model.n_envs)
+        self._checked = False
+        env = model.get_env()
+        assert env is not None
+        self._normalize_inside = _normalize_inside(env)
+        infos = env.unwrapped.reset_infos
+        self._state = self._facts_at_reset(infos, model._last_obs, range(env.num_envs))
+        if model._last_episode_starts is not None:  # learn() called again, in the middle of episodes
+            self._state[~np.asarray(model._last_episode_starts, bool)] = np.nan
+        self.start()
+
+    def start(self) -> None:
+        """Begin a rollout; what is known of the current states stays."""
+        self._state_facts: list[Floats] = []
+        self._next_facts: list[Floats] = []
+        self._terminated: list[NDArray[np.bool_]] = []
+        self._truncated: list[NDArray[np.bool_]] = []
+        self._actions: list[NDArray[Any]] = []
+        self._last_obs: dict[tuple[int, int], Any] = {}
+
+    def record(self, local: dict[str, Any]) -> None:
+        """Take in one step from the local variables of ``collect_rollouts``."""
+        infos, dones = local["infos"], np.asarray(local["dones"], bool)
+        actions = local.get("clipped_actions", local["actions"])
+        executed = [info.get("qa/executed_action", action) for info, action in zip(infos, actions, strict=True)]
+        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos]) & dones
+        terminated = dones & ~truncated
+        obs, rewards = local["new_obs"], self._raw_rewards(local["rewards"], infos)
+        raw_obs = self._raw_obs(obs) if self.reader.needs_obs else obs
+        steps = []
+        for i, info in enumerate(infos):
+            arrived = self._last_of_episode(info) if dones[i] and self.reader.needs_obs else row(raw_obs, i)
+            steps.append(Step(arrived, executed[i], float(rewards[i]), bool(terminated[i]), bool(truncated[i]), info))
+        facts = self.reader.read(steps)
+        self._state_facts.append(self._state)
+        self._next_facts.append(facts)
+        self._terminated.append(terminated)
+        self._truncated.append(truncated)
+        self._actions.append(np.stack([np.asarray(action) for action in executed]))
+        self._state = facts.copy()
+        ended = np.flatnonzero(dones)
+        if len(ended):
+            for i in ended:
+                if truncated[i]:
+                    self._last_obs[len(self._terminated) - 1, int(i)] = infos[i]["terminal_observation"]
+            env = self.model.get_env()
+            assert env is not None
+            self._state[ended] = self._facts_at_reset(env.unwrapped.reset_infos, obs, ended)
+        self.episodes.step(infos, local["rewards"], dones)
+        if not self._checked and len(ended):
+            self.reader.check_seen(infos[ended[0]])
+            self._checked = True
+
+    def labels(self) -> LabelStore:
+        """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
+        if not self._checked:
+            self.reader.check_seen({})
+            self._checked = True
+        facts = np.stack(self._next_facts)
+        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
+        cuts = find_cuts(terminated, truncated)
+        events: list[EventTimes] = []
+        values: list[Floats] = []
+        for target, column in zip(self.catalogue.targets, self.reader.column, strict=True):
+            fact = facts[..., column]
+            if target.kind == "event":
+                event = (fact == 1.0) == target.question.truth.event_when
+                times = event_times(event, terminated, truncated)
+                events.append(EventTimes(*(flatten_rows(x) for x in times)))
+            else:
+                value = _window_value(target, fact, np.stack(self._state_facts)[..., column], terminated, truncated)
+                values.append(flatten_rows(value))
+        n_rows = terminated.size
+        self.store = LabelStore(
+            self.catalogue.targets,
+            events,
+            np.stack(values, axis=1) if values else np.zeros((n_rows, 0), np.float32),
+            flatten_rows(cuts.row),
+            self._continuations(cuts),
+            flatten_rows(np.stack(self._actions)),
+        )
+        self._cuts = cuts
+        return self.store
+
+    def log(self, logger: Any) -> None:
+        """Log scores of answers about this rollout, given before they are trained on, and what the wrappers told."""
+        self.episodes.log(logger)
+        score_questions(logger, self.answerer, self.model.rollout_buffer, self.store, self._cuts)
+
+    def _continuations(self, cuts: Cuts) -> list[Floats]:
+        """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
+        targets = [target for target in self.catalogue.targets if target.kind == "event"]
+        if not targets or not len(cuts.step):
+            return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
+        newest = self.model._last_obs
+        rows = [self._last_obs.get((step, env), None) for step, env in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True)]
+        rows = [row(newest, env) if known is None else known for known, env in zip(rows, cuts.env.tolist(), strict=True)]
+        obs = {key: np.stack([one[key] for one in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+        reading = self.answerer.read(obs, keep=False)
+        return self._curves(reading, targets)
+
+    def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
+        head = self.model.policy.qa_head
+        shares, logits = None, None
+        if any(target.question.per_action for target in targets):  # what comes next is up to the policy: a mixture of its actions
+            if isinstance(self.model.action_space, spaces.Discrete):
+                shares = reading.distribution().distribution.probs.cpu().numpy()
+                logits = reading.action_logits()
+            else:
+                actions = reading.sampled(POLICY_SAMPLES, seed=self.model.num_timesteps)
+                shares = np.full(actions.shape[:2], 1.0 / POLICY_SAMPLES, np.float32)
+                logits = reading.action_logits(actions)
+        curves = []
+        for target in targets:
+            if not target.question.per_action:
+                curves.append(survival(reading.state_logits()[:, target.start : target.stop]))
+            else:
+                assert logits is not None and shares is not None
+                each = survival(logits[..., target.start - head.n_state : target.stop - head.n_state])
+                curves.append(np.einsum("nm,nmk->nk", shares, each).astype(np.float32))
+        return curves
+
+    def _facts_at_reset(self, infos: Sequence[Mapping[str, Any]], obs: Any, index: Iterable[int]) -> Floats:
+        raw = self._raw_obs(obs) if self.reader.needs_obs and obs is not None else obs
+        first = [Step(None if raw is None else row(raw, i), None, 0.0, False, False, infos[i]) for i in index]
+        return self.reader.read(first).reshape(len(first), self.reader.n_facts)
+
+    def _raw_obs(self, obs: Any) -> Any:
+        """Observations before VecNormalize, for facts in the environment's own units."""
+        normalize = self.model.get_vec_normalize_env()
+        if normalize is None or not normalize.norm_obs:
+            return obs
+        return normalize.unnormalize_obs(obs)
+
+    def _last_of_episode(self, info: Mapping[str, Any]) -> Any:
+        normalize = self.model.get_vec_normalize_env()
+        last = info["terminal_observation"]
+        return last if normalize is None or not normalize.norm_obs else normalize.unnormalize_obs(last)
+
+    def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
+        """The environment's own rewards: before shaping wrappers, and before VecNormalize."""
+        if self._normalize_inside is not None:
+            return self._normalize_inside.get_original_reward()
+        return [info.get("qa/raw_reward", reward) for info, reward in zip(infos, rewards, strict=True)]
+
+
+def _window_value(
+    target: Target, fact: Floats, fact_now: Floats, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
+) -> Floats:
+    truth = target.question.truth
+    if truth.operator == "now":
+        return fact_now
+    assert target.horizon is not None
+    if truth.operator == "after":
+        ended = 0.0 if target.kind == "yesno" else np.nan
+        return window_after(fact, terminated, truncated, target.horizon, ended)
+    return window(truth.operator, fact, terminated, truncated, target.horizon, truth.discount)
+
+
+def _normalize_inside(env: Any) -> VecNormalize | None:
+    """The VecNormalize that rewards pass before any shaping wrapper, if there is one."""
+    found = None
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecQAWrapper):
+            found = None
+        elif isinstance(env, VecNormalize):
+            found = env
+        env = env.venv
+    return found

@@ -1,0 +1,318 @@
+"""The question-answerer: what people and wrappers ask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_qa.answers import Answer
+from sb3_qa.errors import QAError
+from sb3_qa.head import QAHead, decode
+from sb3_qa.questions import Catalogue, Instance, nearest
+from sb3_qa.values import PointValues
+
+__all__ = ["QuestionAnswerer", "Reading"]
+
+Floats = NDArray[np.float32]
+
+
+class Reading:
+    """What has been read of a batch of observations, once; any number of questions are answered from it.
+
+    :param answerer: who reads
+    :param obs: observations as the policy sees them, tensors of (n, ...)
+    """
+
+    def __init__(self, answerer: QuestionAnswerer, obs: Any) -> None:
+        self._policy = answerer.policy
+        self._head: QAHead = self._policy.qa_head
+        self._obs = obs
+        with torch.no_grad():
+            self.hidden = self._head.hidden(self._policy.qa_taps.read(self._policy, obs))
+        self._state_logits: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def state_logits(self) -> Floats:
+        """(n, n_state)"""
+        if self._state_logits is None:
+            with torch.no_grad():
+                self._state_logits = self._head.state_logits(self.hidden).cpu().numpy()
+        return self._state_logits
+
+    def action_logits(self, actions: NDArray[Any] | None = None) -> Floats:
+        """Logits of the questions about actions.
+
+        :param actions: (n, *action_shape); (n, m, *action_shape) for m candidates each; None for all of a discrete space
+        :return: (n, n_columns) or (n, m, n_columns)
+        """
+        head = self._head
+        assert head.action_encoder is not None
+        with torch.no_grad():
+            if actions is None:
+                space = self._policy.action_space
+                all_actions = torch.arange(space.start, space.start + space.n, device=self.hidden.device)
+                return head.action_logits(self.hidden, all_actions.expand(len(self), -1)).cpu().numpy()
+            given = torch.as_tensor(np.array(actions), device=self.hidden.device)
+            return head.action_logits(self.hidden, given).cpu().numpy()
+
+    def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
+        """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""
+        target = self._head.catalogue.target_of[instance.key]
+        if not instance.per_action:
+            return self.state_logits()[:, target.start : target.stop]
+        offset = self._head.n_state
+        return self.action_logits(actions)[..., target.start - offset : target.stop - offset]
+
+    def distribution(self) -> Any:
+        """The policy's own distribution over actions in these observations."""
+        with torch.no_grad():
+            return self._policy.get_distribution(self._obs)
+
+    def preferred(self) -> NDArray[Any]:
+        """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""
+        with torch.no_grad():
+            actions = self.distribution().get_actions(deterministic=True).cpu().numpy()
+        return self._for_environment(actions.reshape(len(self), *self._policy.action_space.shape))
+
+    def sampled(self, n: int, seed: int) -> NDArray[Any]:
+        """``n`` actions of the policy for each observation, (n_obs, n, *action_shape); no shared random stream is used."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            distribution = self.distribution()
+            actions = np.stack([distribution.get_actions().cpu().numpy() for _ in range(n)], axis=1)
+        return self._for_environment(actions.reshape(len(self), n, *self._policy.action_space.shape))
+
+    def log_prob(self, actions: NDArray[Any]) -> Floats:
+        """The policy's log-probability of candidates (n, m, *action_shape): (n, m)."""
+        with torch.no_grad():
+            distribution = self.distribution()
+            columns = [torch.as_tensor(actions[:, j], device=self.hidden.device) for j in range(actions.shape[1])]
+            return np.stack([distribution.log_prob(column).cpu().numpy() for column in columns], axis=1)
+
+    def _for_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
+        space = self._policy.action_space
+        if not isinstance(space, spaces.Box):
+            return actions
+        if self._policy.squash_output:
+            return np.asarray(self._policy.unscale_action(actions), space.dtype)
+        return np.clip(actions, space.low, space.high)
+
+
+class QuestionAnswerer:
+    """Answers questions about observations: live, from a model in training, or frozen, from a file.
+
+    >>> qa = QuestionAnswerer.from_model(model)  # doctest: +SKIP
+    >>> qa.ask("crash[k=5]", obs).probability  # doctest: +SKIP
+
+    :param policy: a policy made by :func:`sb3_qa.policies.qa_policy`
+    :param action_names: names of the actions of a discrete space, for texts
+    :param normalized: whether the policy sees observations normalised by ``VecNormalize``
+    """
+
+    def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
+        self.policy = policy
+        self.normalized = normalized
+        names = action_names or policy.action_names
+        if names is None and isinstance(policy.action_space, spaces.Discrete):
+            names = [str(n) for n in range(int(policy.action_space.n))]
+        self.action_names: list[str] | None = None if names is None else [str(name) for name in names]
+        self._texts: list[tuple[re.Pattern[str], Instance]] = []
+        for instance in self.catalogue.instances.values():
+            pattern = re.escape(instance.text).replace(re.escape("{action}"), "(?P<action>.+?)", 1)
+            self._texts.append((re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance))
+        head = list(policy.qa_head.parameters())
+        agent = list(policy.parameters())
+        self._watched = [agent[0], agent[-1], head[-1]]
+        self._last: tuple[Any, int, Reading] | None = None
+
+    @classmethod
+    def from_model(cls, model: BaseAlgorithm) -> QuestionAnswerer:
+        """A live answerer: it sees every gradient update of the model.
+
+        :raises QAError: when the model's policy has no questions
+        """
+        if not hasattr(model.policy, "qa_head"):
+            raise QAError(
+                f"the model's policy is a {type(model.policy).__name__} without questions; expected one made by qa_policy(); write "
+                f"{type(model).__name__}(qa_policy({type(model).__name__}), env, policy_kwargs=dict(questions=[...]))"
+            )
+        normalize = model.get_vec_normalize_env()
+        return cls(model.policy, _names_in(model.get_env()), normalize is not None and normalize.norm_obs)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu", classes: Iterable[type] = ()) -> QuestionAnswerer:
+        """A frozen answerer from a file written by :meth:`save`. It needs no model and runs no code from the file.
+
+        :param classes: policies and features extractors of your own that the answerer was saved with
+        :raises QAError: when the file is missing, damaged, or not an answerer's
+        """
+        from sb3_qa.storage import load_answerer
+
+        return load_answerer(path, device, classes)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write weights (safetensors) and description (JSON, in its header) to one file; nothing in it is executable."""
+        from sb3_qa.storage import save_answerer
+
+        save_answerer(self, path)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The compiled questions."""
+        catalogue: Catalogue = self.policy.qa_head.catalogue
+        return catalogue
+
+    @property
+    def questions(self) -> list[str]:
+        """Keys of all instances, e.g. ``["crash[k=1]", "crash[k=5]", "speed"]``."""
+        return list(self.catalogue.instances)
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever the weights do."""
+        return sum(parameter._version for parameter in self._watched)
+
+    def ask(self, question: str, obs: Any, action: Any = None) -> Answer:
+        """Answer one question about each observation.
+
+        :param question: an instance's key, ``"crash[k=5]"``, or its text, with or without an action filled in
+        :param obs: observations as the policy sees them, (n_envs, ...), or a single one (answers have no first dimension then)
+        :param action: for a question about an action, the action of each observation: (n_envs, *action_shape), one for
+            all, or a name; without, every action of a discrete space is asked about
+        :return: of shape (n_envs,), or (n_envs, n_actions) where every action was asked about
+        :raises QAError: for an unknown question or action, or observations of another shape
+        """
+        instance, named = self._understand(question)
+        if named is not None and action is not None:
+            raise QAError(f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one")
+        tensor, batched = self._to_tensor(obs)
+        reading = self._read_tensor(tensor)
+        actions = self._actions(instance, named if named is not None else action, len(reading))
+        logits = reading.logits(instance, actions)
+        return decode(instance, logits if batched else logits[0])
+
+    def read(self, obs: Any, *, keep: bool = True) -> Reading:
+        """Read a batch of observations (n, ...) for many questions.
+
+        :param keep: keep the reading, for whoever asks about the same observations next
+        """
+        if self._last is not None and self._last[1] == self.version and _same(self._last[0], obs):
+            return self._last[2]
+        reading = self._read_tensor(self._to_tensor(obs)[0])
+        if keep:
+            self._last = (_copy(obs), self.version, reading)
+        return reading
+
+    def values(self, keys: Sequence[str]) -> PointValues:
+        """A fast reader of the point values of these instances, see :class:`~sb3_qa.values.PointValues`."""
+        return PointValues(self.catalogue, keys)
+
+    def _read_tensor(self, obs: Any) -> Reading:
+        training = self.policy.training
+        if training:
+            self.policy.set_training_mode(False)
+        try:
+            return Reading(self, obs)
+        finally:
+            if training:
+                self.policy.set_training_mode(True)
+
+    def _to_tensor(self, obs: Any) -> tuple[Any, bool]:
+        try:
+            tensor, batched = self.policy.obs_to_tensor(obs)
+            return tensor, batched
+        except (ValueError, AssertionError, TypeError, KeyError, AttributeError) as error:
+            got = {key: np.shape(value) for key, value in obs.items()} if isinstance(obs, dict) else np.shape(obs)
+            raise QAError(
+                f"the answerer got observations of shape {got}; expected {self.policy.observation_space} as the policy sees it, "
+                "one or a batch; pass what the policy's predict() takes"
+            ) from error
+
+    def _understand(self, question: str) -> tuple[Instance, str | None]:
+        if question in self.catalogue.instances:
+            return self.catalogue.instances[question], None
+        for pattern, instance in self._texts:
+            match = pattern.fullmatch(question.strip())
+            if match:
+                name = match.groupdict().get("action")
+                return instance, None if name == "{action}" else name
+        known = [*self.catalogue.instances, *(instance.text for instance in self.catalogue.instances.values())]
+        raise QAError(
+            f"the answerer was not taught {question!r}; expected one of {nearest(question, known)}; ask by an instance's key or its text"
+        )
+
+    def _actions(self, instance: Instance, action: Any, n: int) -> NDArray[Any] | None:
+        space = self.policy.action_space
+        if not instance.per_action:
+            if action is not None:
+                raise QAError(f"{instance.key!r} is not about an action but action={action!r} was given; expected none; leave it out")
+            return None
+        if action is None:
+            if isinstance(space, spaces.Discrete):
+                return None
+            raise QAError(
+                f"{instance.key!r} is about an action and the action space is {space}; expected action=, as its actions cannot be "
+                "listed; pass the action of each observation"
+            )
+        if isinstance(space, spaces.Discrete):
+            names = [action] if isinstance(action, str) else action
+            if isinstance(names, (list, tuple, np.ndarray)) and len(names) and isinstance(names[0], str):
+                action = [self._index_of(name) for name in names] if len(names) > 1 else self._index_of(names[0])
+        actions = np.asarray(action)
+        shape = space.shape or ()
+        if actions.shape == shape:
+            actions = np.broadcast_to(actions, (n, *shape))
+        if actions.shape != (n, *shape):
+            raise QAError(f"action= got the shape {actions.shape}; expected {(n, *shape)} or {shape}; give one action for each observation")
+        if isinstance(space, spaces.Discrete):
+            low, high = int(space.start), int(space.start + space.n)
+            if actions.dtype.kind not in "iu" or actions.min(initial=low) < low or actions.max(initial=low) >= high:
+                raise QAError(f"action= got {action!r}; expected whole numbers from {low} to {high - 1}; or a name in {self.action_names}")
+        return actions
+
+    def _index_of(self, name: str) -> int:
+        for index, known in enumerate(self.action_names or []):
+            if known.lower() == name.lower():
+                return index + int(self.policy.action_space.start)
+        raise QAError(f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    return np.array_equal(a, b)
+
+
+def _copy(obs: Any) -> Any:
+    return {key: np.array(value) for key, value in obs.items()} if isinstance(obs, dict) else np.array(obs)
+
+
+def _names_in(env: Any) -> list[str] | None:
+    """Names of the actions, where the environment has them: highway-env, ALE and MiniGrid each in its way."""
+    if env is None or not isinstance(env.action_space, spaces.Discrete):
+        return None
+    n = int(env.action_space.n)
+    for attribute, names_of in (
+        ("action_type", lambda kind: list(kind.actions.values())),
+        ("get_action_meanings", lambda get: list(get())),
+        ("actions", lambda kind: [member.name for member in kind]),
+    ):
+        try:
+            names = [str(name) for name in names_of(env.get_attr(attribute, 0)[0])]
+        except Exception:  # noqa: S112 - an environment without such an attribute, or with another thing under its name
+            continue
+        if len(names) == n and len(set(names)) == n:
+            return names
+    return None
+
+

@@ -1,0 +1,144 @@
+"""Answers: distributions over yes/no, options or numbers, for a batch of observations (numpy, no torch)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from numpy.typing import NDArray
+
+from sb3_qa.errors import QAError
+
+__all__ = ["Answer", "ChoiceAnswer", "NumberAnswer", "YesNoAnswer"]
+
+Floats = NDArray[np.float32]
+
+
+class Answer(NDArrayOperatorsMixin):
+    """An answer to one question about a batch of observations.
+
+    In arithmetic it stands for its point value, :attr:`value`: ``-2.0 * answer`` is an array.
+    """
+
+    @property
+    def value(self) -> Floats:
+        """One number an observation (n_envs,): the probability of yes, the mean, or the index of the likeliest option."""
+        raise NotImplementedError
+
+    @property
+    def entropy(self) -> Floats:
+        """Entropy of the distribution in nats, of the shape of :attr:`value`."""
+        raise NotImplementedError
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.value, dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return getattr(ufunc, method)(*(x.value if isinstance(x, Answer) else x for x in inputs), **kwargs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value[index]
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({np.array2string(np.asarray(self.value), precision=3, threshold=20)})"
+
+
+class YesNoAnswer(Answer):
+    """Answer to a yes/no question."""
+
+    def __init__(self, probability: Floats) -> None:
+        self.probability = probability
+        """Probability of yes, shape (n_envs,), or (n_envs, n_actions) where every action was asked about."""
+
+    @property
+    def value(self) -> Floats:
+        return self.probability
+
+    @property
+    def entropy(self) -> Floats:
+        return _entropy(np.stack([self.probability, 1.0 - self.probability], axis=-1))
+
+
+class ChoiceAnswer(Answer):
+    """Answer to a question with options."""
+
+    def __init__(self, options: tuple[Any, ...], probabilities: Floats) -> None:
+        self.options = options
+        self.probabilities = probabilities
+        """Probability of each option, shape (n_envs, n_options), or (n_envs, n_actions, n_options)."""
+
+    @property
+    def value(self) -> Floats:
+        return np.argmax(self.probabilities, axis=-1).astype(np.float32)
+
+    @property
+    def best(self) -> NDArray[np.object_]:
+        """The likeliest option of each observation."""
+        options = np.empty(len(self.options), object)
+        options[:] = self.options
+        return options[np.argmax(self.probabilities, axis=-1)]
+
+    @property
+    def entropy(self) -> Floats:
+        return _entropy(self.probabilities)
+
+
+class NumberAnswer(Answer):
+    """Answer to a question about a number: a distribution over ``support``.
+
+    :param support: (n_atoms,) ascending values
+    :param probabilities: (n_envs, n_atoms), or (n_envs, n_actions, n_atoms)
+    :param whole: whether only the values of the support are possible (a count of steps); otherwise the probability of
+        an atom is spread evenly to half way to its neighbours
+    """
+
+    def __init__(self, support: Floats, probabilities: Floats, whole: bool = False) -> None:
+        self.support = support
+        self.probabilities = probabilities
+        self._whole = whole
+
+    @property
+    def mean(self) -> Floats:
+        """Expected value, shape (n_envs,) or (n_envs, n_actions), in the units of the fact."""
+        return self.probabilities @ self.support
+
+    @property
+    def value(self) -> Floats:
+        return self.mean
+
+    @property
+    def entropy(self) -> Floats:
+        return _entropy(self.probabilities)
+
+    def quantile(self, p: float) -> Floats:
+        """The value that the number is at most with probability ``p``; shape as :attr:`mean`.
+
+        :raises QAError: when ``p`` is not in [0, 1]
+        """
+        if not 0.0 <= p <= 1.0:
+            raise QAError(f"quantile got p={p!r}; expected a probability in [0, 1]; give e.g. 0.9")
+        cdf = np.cumsum(self.probabilities, axis=-1)
+        atom = np.argmax(cdf >= min(p, 1.0 - 1e-6), axis=-1)
+        if self._whole:
+            return self.support[atom]
+        edges = np.concatenate([self.support[:1], (self.support[1:] + self.support[:-1]) / 2, self.support[-1:]])
+        mass = np.take_along_axis(self.probabilities, atom[..., None], -1)[..., 0]
+        before = np.take_along_axis(cdf, atom[..., None], -1)[..., 0] - mass
+        part = np.clip((p - before) / np.maximum(mass, 1e-12), 0.0, 1.0)
+        return np.asarray(edges[atom] + part * (edges[atom + 1] - edges[atom]), np.float32)
+
+    def interval(self, level: float) -> tuple[Floats, Floats]:
+        """Central interval that holds the number with probability ``level``: two arrays shaped as :attr:`mean`."""
+        return self.quantile((1.0 - level) / 2), self.quantile((1.0 + level) / 2)
+
+
+def _entropy(probabilities: Floats) -> Floats:
+    p = np.clip(probabilities, 1e-12, 1.0)
+    return np.asarray(-(p * np.log(p)).sum(axis=-1), np.float32)

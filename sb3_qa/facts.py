@@ -1,0 +1,134 @@
+"""Recording facts while an agent acts: which facts the questions need, read once a step for all environments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sb3_qa.errors import QAError
+from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
+from sb3_qa.truth import Step
+
+__all__ = ["FactReader"]
+
+
+class _Signal:
+    """One fact of one question, as a float: 0/1, the index of an option, or a number; nan where it is not there."""
+
+    def __init__(self, target: Target) -> None:
+        self.question = target.question
+        self.fact = target.question.truth.fact
+        self.answer = YesNo() if target.question.truth.is_event else target.question.answer
+        self.seen = False
+        self.key: str | None = None
+        self.call: Callable[[Step], Any] | None = None
+        if isinstance(self.fact, str):
+            self.key = self.fact.format(**target.slots) if "{" in self.fact else self.fact
+        else:
+            slots = {name: value for name, value in target.slots.items() if name in _keywords(self.fact)}
+            self.call = (lambda step, fact=self.fact, slots=slots: fact(step, **slots)) if slots else self.fact
+        self.identity = (self.key or (id(self.fact), tuple(sorted(map(repr, target.slots.items())))), self.answer)
+        self._index = {option: n for n, option in enumerate(self.answer.options)} if isinstance(self.answer, Choice) else {}
+
+    def read(self, step: Step) -> float:
+        if self.key is not None:
+            value = step.info.get(self.key)
+        else:
+            assert self.call is not None
+            try:
+                value = self.call(step)
+            except KeyError:  # as an absent info key
+                return float("nan")
+            except Exception as error:
+                if step.action is None:  # a reset has no action and perhaps no info: the fact is not known there
+                    return float("nan")
+                raise QAError(
+                    f"the fact of question {self.question.name!r} raised {type(error).__name__}: {error}; expected a value "
+                    f"for every step; mend the callable (info had {sorted(step.info)})"
+                ) from error
+        if value is None:
+            return float("nan")
+        self.seen = True
+        return self._convert(value)
+
+    def _convert(self, value: Any) -> float:
+        if isinstance(self.answer, Choice):
+            index = self._index.get(value.item() if isinstance(value, np.generic) else value)
+            if index is None and isinstance(value, (int, np.integer)) and 0 <= value < len(self.answer.options):
+                index = int(value)
+            if index is None:
+                self._refuse(value, f"one of the options {self.answer.options} or an index", "add the option or mend the fact")
+            return float(index)  # type: ignore[arg-type]
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            self._refuse(value, "a single number or bool", "return a scalar")
+        if isinstance(self.answer, YesNo) and number not in (0.0, 1.0):
+            self._refuse(value, "True or False", "compare it with something, or ask for a Number(low, high)")
+        if isinstance(self.answer, Number) and not np.isfinite(number):
+            self._refuse(value, "a finite number", "return None where it has no value")
+        return number
+
+    def _refuse(self, value: Any, expected: str, mend: str) -> None:
+        raise QAError(f"the fact of question {self.question.name!r} gave {value!r}; expected {expected}; {mend}")
+
+
+class FactReader:
+    """Reads the facts that a catalogue's targets need.
+
+    :param catalogue: the questions
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._signals: list[_Signal] = []
+        self.column: list[int] = []
+        """For each target, the column of the facts it is about."""
+        columns: dict[Any, int] = {}
+        for target in catalogue.targets:
+            signal = _Signal(target)
+            if signal.identity not in columns:
+                columns[signal.identity] = len(self._signals)
+                self._signals.append(signal)
+            self.column.append(columns[signal.identity])
+        self.needs_obs = any(signal.call is not None for signal in self._signals)
+        self._keys = [signal.key for signal in self._signals]
+        self.n_facts = len(self._signals)
+
+    def read(self, steps: Sequence[Step]) -> NDArray[np.float32]:
+        """Facts of one step of every environment.
+
+        :return: (n_envs, n_facts), nan where a fact is not known
+        """
+        return np.array([[signal.read(step) for signal in self._signals] for step in steps], np.float32)
+
+    def check_seen(self, info: Mapping[str, Any]) -> None:
+        """Refuse to go on when a fact has not been there once since the start.
+
+        :param info: a recent info, whose keys are named in the error
+        :raises QAError: naming the question, the fact and the keys that are there
+        """
+        for signal in self._signals:
+            if not signal.seen:
+                keys = [key for key in info if not key.startswith("qa/")]
+                got = f"info had {nearest(str(signal.key), keys)}" if keys else "info was empty"
+                mend = "name one of these, or give a callable of a Step"
+                what = f"the fact {signal.fact!r}" if signal.key else "the callable fact (KeyError at every step)"
+                raise QAError(f"{what} of question {signal.question.name!r} never appeared; {got}; {mend}")
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        return []
+    return [parameter.name for parameter in parameters[1:]]
+
+
+def describe(question: Question) -> str:
+    """The fact of a question in words, for people."""
+    fact = question.truth.fact
+    return repr(fact) if isinstance(fact, str) else getattr(fact, "__name__", "a callable")

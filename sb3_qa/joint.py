@@ -1,0 +1,188 @@
+"""Joint training without touching the algorithm: the question loss rides on the algorithm's own backward pass.
+
+:func:`attach` is the identity on one of the network's outputs. In backward it also sends the gradient of the question
+loss into the answers, from where it flows through head and trunk with the agent's own: one forward, one backward, one
+``optimizer.step()``. (Mixture-of-experts models attach their load-balancing losses by the same device.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sb3_qa.errors import QAError
+from sb3_qa.head import QAHead
+from sb3_qa.labels import LabelStore
+
+__all__ = ["JointTraining", "attach", "question_losses", "scale_gradient"]
+
+Floats = NDArray[np.float32]
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, answers: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_outputs[0], gradient, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, None]:
+        return grad_outputs[0] * ctx.scale, None
+
+
+def attach(output: torch.Tensor, answers: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return ``output`` unchanged; whoever calls backward on it also sends ``gradient`` into ``answers``.
+
+    :param output: any tensor that the algorithm's loss depends on
+    :param answers: (n, n_logits), part of a graph
+    :param gradient: (n, n_logits), of the question loss with respect to ``answers``
+    """
+    return _Attach.apply(output, answers, gradient)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def scale_gradient(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """The identity, whose gradient is scaled."""
+    return _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats of each target, averaged over the transitions: (n_targets,).
+
+    Differentiable; the training itself uses the closed form of its gradient, ``weight * (probability - y) / n``.
+
+    :param logits: (n, n_logits)
+    :param y: (n, n_logits) targets of the cells
+    :param weight: (n, n_logits) weights of the cells, 0 where the truth is not known
+    """
+    cells = []
+    for start, stop, width in head.blocks:
+        block = logits[:, start:stop]
+        if width == 1:
+            cells.append(torch.nn.functional.softplus(block) - y[:, start:stop] * block)
+        else:
+            cells.append(-y[:, start:stop] * block.unflatten(1, (-1, width)).log_softmax(-1).flatten(1))
+    cell = weight * torch.cat(cells, dim=1)
+    return torch.stack([cell[:, t.start : t.stop].sum() / len(logits) for t in head.catalogue.targets])
+
+
+class JointTraining:
+    """Holds the labels of the minibatch in flight, and joins the question loss to the pass that it belongs to.
+
+    The loss is ``qa_coef`` times the mean over targets of their negative log-likelihood.
+
+    **Gradient clipping.** Where the algorithm clips the norm of its gradient at ``max_grad_norm``, questions must not
+    eat the agent's share of it. The head's own gradient is not part of that norm. What the questions send into the
+    agent's parameters is clipped *by itself* at the same ``max_grad_norm`` before it is added. With g the agent's own
+    gradient and c the limit, plain training applies g * min(1, c/|g|); joint training keeps at least
+    g * min(1, c/(|g| + c)), so the agent never loses more than half of its step, whatever the questions, their number
+    or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on one minibatch in
+    ``MEASURE_EVERY`` (on the first always); in between it is taken to be proportional to the norm of the loss's
+    gradient with respect to the answers. Without clipping, the gradient is exactly that of the sum of the losses.
+    """
+
+    MEASURE_EVERY = 32
+    LOG_EVERY = 16
+
+    def __init__(self, coef: float, trunk_gradient: float) -> None:
+        self.coef = coef
+        self.trunk_gradient = trunk_gradient
+        self.store: LabelStore | None = None
+        """Labels of what the buffer holds; None while nobody makes any."""
+        self.max_grad_norm: float | None = None
+        self.n_passes = 0
+        self.losses: list[torch.Tensor] = []
+        self._pending: NDArray[np.intp] | None = None
+        self._amplification = 0.0  # norm in the agent's parameters / norm at the answers, as last measured
+        self._measured_norm = 0.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JointTraining:
+        return JointTraining(self.coef, self.trunk_gradient)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JointTraining, (self.coef, self.trunk_gradient)
+
+    def hand_out(self, rows: NDArray[np.intp]) -> None:
+        """The buffer has just handed out these rows; the next pass with gradients is about them."""
+        if self.store is not None and self.coef:
+            self._pending = rows
+
+    @property
+    def waiting(self) -> bool:
+        """Whether labels wait for their pass."""
+        return self._pending is not None
+
+    def join(
+        self, output: torch.Tensor, latents: torch.Tensor, head: QAHead, agent_parameters: Callable[[], Iterable[torch.Tensor]]
+    ) -> torch.Tensor:
+        """Attach the question loss of the pending rows to ``output``.
+
+        :param output: (n, ...), what the algorithm goes on with
+        :param latents: (n, latent_dim), in the graph of ``output``
+        :raises QAError: when the pass is not about as many transitions as were handed out
+        """
+        rows, self._pending = self._pending, None
+        assert rows is not None and self.store is not None
+        if len(rows) != len(latents):
+            raise QAError(
+                f"the buffer handed out {len(rows)} transitions but the network was run on {len(latents)}; expected the "
+                "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
+            )
+        y, weight = (torch.as_tensor(x, device=latents.device) for x in self.store.dense(rows))
+        actions = None
+        if head.action_encoder is not None:
+            actions = torch.as_tensor(self.store.actions[rows], device=latents.device)
+        read = latents.detach() if self.trunk_gradient == 0.0 else latents
+        answers, gradient = self._answers(read, head, actions, y, weight)
+        if self.max_grad_norm is not None and self.trunk_gradient:
+            scale = self._clip(answers, gradient, agent_parameters)
+            if scale is not None:
+                answers, gradient = self._answers(scale_gradient(read, scale), head, actions, y, weight)
+        if self.n_passes % self.LOG_EVERY == 0:
+            with torch.no_grad():
+                self.losses.append(question_losses(head, answers, y, weight))
+        self.n_passes += 1
+        return attach(output, answers, gradient)
+
+    def _answers(
+        self, read: torch.Tensor, head: QAHead, actions: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.trunk_gradient not in (0.0, 1.0):
+            read = scale_gradient(read, self.trunk_gradient)
+        answers = head(read, actions)
+        with torch.no_grad():
+            gradient = (head.probabilities(answers) - y).mul_(weight)
+            gradient *= self.coef / (len(read) * len(head.catalogue.targets))
+        return answers, gradient
+
+    def _clip(
+        self,
+        answers: torch.Tensor,
+        gradient: torch.Tensor,
+        parameters: Callable[[], Iterable[torch.Tensor]],
+    ) -> torch.Tensor | None:
+        """By how much to scale what goes into the agent's parameters; None for not at all."""
+        assert self.max_grad_norm is not None
+        if self.n_passes % self.MEASURE_EVERY == 0:
+            grads = torch.autograd.grad(answers, list(parameters()), gradient, retain_graph=True, allow_unused=True)
+            self._measured_norm = float(torch.stack([g.norm() for g in grads if g is not None]).norm())
+            self._amplification = self._measured_norm / max(float(gradient.norm()), 1e-30)
+        elif self._measured_norm < self.max_grad_norm / 4:
+            return None
+        norm = gradient.norm() * self._amplification
+        return torch.clamp(self.max_grad_norm / norm, max=1.0) if float(norm) > self.max_grad_norm else None

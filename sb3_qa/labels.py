@@ -1,0 +1,245 @@
+"""From facts recorded along trajectories to labels: vectorised reverse scans over arrays of shape (n_steps, n_envs).
+
+The arrays of this module are indexed by decision: row ``t`` holds what the step taken at ``t`` brought, so ``fact[t]``
+is f(s_{t+1}), and ``terminated[t]``/``truncated[t]`` say whether the episode ended there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sb3_qa.questions import Number, Target
+
+__all__ = ["Cuts", "EventTimes", "LabelStore", "event_times", "find_cuts", "window", "window_after"]
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
+ENDED = np.iinfo(np.int32).max
+"""Number of event-free steps known once an episode has terminated: no event comes after it, however far one looks."""
+
+
+class EventTimes(NamedTuple):
+    """What is known of the time of the next event after each decision. Both arrays are (n_steps, n_envs)."""
+
+    known: Ints
+    """Steps whose outcome is known: up to the event, up to the cut, or ``ENDED``."""
+    event: Bools
+    """Whether the last known step is the event."""
+
+
+class Cuts(NamedTuple):
+    """Where futures are cut: by a time limit or by the end of the recording."""
+
+    row: Ints
+    """(n_steps, n_envs): which cut each decision's future runs into, -1 if its episode terminates first."""
+    step: NDArray[np.intp]
+    """(n_cuts,): the decision after which the future is cut."""
+    env: NDArray[np.intp]
+    """(n_cuts,)"""
+
+
+def find_cuts(terminated: Bools, truncated: Bools) -> Cuts:
+    """Number the cuts of a recording.
+
+    :param terminated: (n_steps, n_envs)
+    :param truncated: (n_steps, n_envs)
+    """
+    n_steps, n_envs = terminated.shape
+    cut = truncated & ~terminated
+    cut[-1] |= ~terminated[-1]
+    step, env = np.nonzero(cut)
+    row_at = np.full(terminated.shape, -1, np.int32)
+    row_at[step, env] = np.arange(len(step), dtype=np.int32)
+    end = _next_index(terminated | truncated | cut)
+    return Cuts(np.take_along_axis(row_at, end, axis=0), step, env)
+
+
+def event_times(event: Bools, terminated: Bools, truncated: Bools) -> EventTimes:
+    """Time to the first event after each decision, or how long none is known to come.
+
+    :param event: (n_steps, n_envs), whether the event holds in the state that step ``t`` led to
+    :param terminated: (n_steps, n_envs)
+    :param truncated: (n_steps, n_envs)
+    """
+    n_steps = event.shape[0]
+    here = np.arange(n_steps)[:, None]
+    last = np.zeros_like(event)
+    last[-1] = True
+    end = _next_index(terminated | truncated | last)
+    first = _next_index(event)  # n_steps where none follows
+    happens = first <= end
+    ended = np.take_along_axis(terminated, end, axis=0)
+    known = np.where(happens, first, end) - here + 1
+    return EventTimes(np.where(ended & ~happens, ENDED, known).astype(np.int32), happens)
+
+
+def window_after(fact: Floats, terminated: Bools, truncated: Bools, steps: int, ended: float = np.nan) -> Floats:
+    """f(s_{t+k}) for each decision.
+
+    Decisions whose window runs past the end of the recording are left out (nan) whatever happens in between: keeping
+    only those resolved early by a termination would bias the answer towards early endings.
+
+    :param fact: (n_steps, n_envs), f(s_{t+1})
+    :param ended: the value where the episode has terminated before
+    :return: (n_steps, n_envs), nan where it is not known
+    """
+    out = np.full(fact.shape, np.nan, np.float32)
+    fits = max(fact.shape[0] - steps + 1, 0)
+    out[:fits] = fact[steps - 1 :][:fits]
+    gone, cut = _over_before(terminated, truncated, steps)
+    out[gone] = ended
+    out[cut] = np.nan
+    out[fits:] = np.nan
+    return out
+
+
+def window(operator: str, fact: Floats, terminated: Bools, truncated: Bools, over: int, discount: float = 1.0) -> Floats:
+    """``total``, ``peak`` or ``lowest`` of f(s_{t+1}) .. f(s_{t+k}), up to a termination; nan where it is not known.
+
+    :param fact: (n_steps, n_envs), f(s_{t+1})
+    :return: (n_steps, n_envs)
+    """
+    n_steps = fact.shape[0]
+    combine = {"total": np.add, "peak": np.maximum, "lowest": np.minimum}[operator]
+    out = fact.astype(np.float64)
+    alive = ~(terminated | truncated)
+    cut = truncated & ~terminated
+    fits = max(n_steps - over + 1, 0)
+    reached = np.ones(fact.shape, np.bool_)
+    unknown = np.zeros(fact.shape, np.bool_)
+    for j in range(1, min(over, n_steps)):
+        unknown[: n_steps - j + 1] |= reached[: n_steps - j + 1] & cut[j - 1 :]
+        reached[: n_steps - j] &= alive[j - 1 : n_steps - 1]
+        step = fact[j:] * (discount**j if operator == "total" else 1.0)
+        out[: n_steps - j] = np.where(reached[: n_steps - j], combine(out[: n_steps - j], step), out[: n_steps - j])
+    out[unknown] = np.nan
+    out[fits:] = np.nan
+    return out.astype(np.float32)
+
+
+def _next_index(flag: Bools) -> NDArray[np.intp]:
+    """Index of the first True at or after each row, n_steps where there is none."""
+    n_steps = flag.shape[0]
+    index = np.where(flag, np.arange(n_steps)[:, None], n_steps)
+    return np.minimum.accumulate(index[::-1], axis=0)[::-1]
+
+
+def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools, Bools]:
+    """Whether the episode terminates, or is cut, before s_{t+steps} is reached: at one of t .. t+steps-2."""
+    n_steps = terminated.shape[0]
+    last = np.zeros_like(terminated)
+    last[-1] = True
+    end = _next_index(terminated | truncated | last)
+    before = end - np.arange(n_steps)[:, None] <= steps - 2
+    ended = np.take_along_axis(terminated, end, axis=0)
+    return before & ended, before & ~ended
+
+
+class LabelStore:
+    """Labels beside transitions, and the targets of a minibatch made of them.
+
+    An event question costs 8 bytes a transition (the known steps with the event's sign, and the row of the cut), any
+    other 4. Rows are transitions in the order of the agent's own buffer.
+
+    :param targets: what is learnt, in the order of the head's columns
+    :param events: one :class:`EventTimes` for each ``event`` target, arrays (n_rows,)
+    :param values: (n_rows, n_other_targets), nan where unknown; options as indices
+    :param cut_row: (n_rows,), the cut each row's future runs into, -1 for none
+    :param survival: per event target, (n_cuts, width + 1): probability of no event within 0 .. width steps of the cut
+    :param actions: (n_rows, ...) the action executed
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        events: Sequence[EventTimes],
+        values: Floats,
+        cut_row: Ints,
+        survival: Sequence[Floats],
+        actions: NDArray[np.generic],
+    ) -> None:
+        self.targets = list(targets)
+        self.n_columns = sum(target.width for target in targets)
+        self.actions = actions
+        self.cut_row = cut_row
+        self.values = values
+        self._others = [(n, target) for n, target in enumerate(t for t in targets if t.kind != "event")]
+        event_targets = [target for target in targets if target.kind == "event"]
+        self.known = np.stack([times.known for times in events], 1) if events else np.zeros((len(cut_row), 0), np.int32)
+        self.event = np.stack([times.event for times in events], 1) if events else np.zeros((len(cut_row), 0), np.bool_)
+        # Columns of all hazards, and for each the target it belongs to and the step it is about.
+        self._columns = _concatenate([np.arange(t.start, t.stop) for t in event_targets])
+        self._owner = _concatenate([np.full(t.width, n) for n, t in enumerate(event_targets)])
+        self._step = _concatenate([np.arange(1, t.width + 1) for t in event_targets]).astype(np.int32)
+        self._widths = np.array([t.width for t in event_targets], np.int32)
+        # The continuations as one table (n_cuts, sum of width + 1), so that a gather serves all events at once.
+        self._survival = np.concatenate(survival, axis=1) if len(survival) else np.zeros((0, 0), np.float32)
+        self._offset = np.concatenate([[0], np.cumsum(self._widths + 1)[:-1]]).astype(np.int64) if event_targets else self._widths
+
+    def __len__(self) -> int:
+        return len(self.cut_row)
+
+    def dense(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
+        """Targets and weights of the loss's cells for some transitions.
+
+        A hazard's cell has weight P(the event has not come before that step) and as target P(it comes at that step,
+        given that): 0 or 1 where the future is known, the continuation's where it is cut. The sum of the weighted
+        cross-entropies is then the expected negative log-likelihood of the time of the event.
+
+        :param rows: (n,)
+        :return: ``(y, weight)``, both (n, n_columns) float32
+        """
+        y = np.zeros((len(rows), self.n_columns), np.float32)
+        weight = np.zeros((len(rows), self.n_columns), np.float32)
+        if len(self._columns):
+            y_event, w_event = self._dense_events(rows)
+            if len(self._columns) == self.n_columns:
+                return y_event, w_event
+            y[:, self._columns], weight[:, self._columns] = y_event, w_event
+        for n, target in self._others:
+            _dense_value(target, self.values[rows, n], y, weight)
+        return y, weight
+
+    def _dense_events(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
+        known = self.known[rows][:, self._owner]
+        event = self.event[rows][:, self._owner]
+        weight = (self._step <= known).astype(np.float32)
+        y = (event & (self._step == known)).astype(np.float32)
+        if len(self._survival):
+            cut = self.cut_row[rows][:, None]
+            beyond = self._step - known  # steps past the cut
+            row, column = np.nonzero((beyond > 0) & ~event & (cut >= 0))
+            ahead = beyond[row, column]
+            base = self._offset[self._owner[column]]
+            at_risk = self._survival[cut[row, 0], base + ahead - 1]
+            survive = self._survival[cut[row, 0], base + ahead]
+            weight[row, column] = at_risk
+            y[row, column] = 1.0 - survive / np.maximum(at_risk, 1e-12)
+        return y, weight
+
+
+def _dense_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
+    known = np.flatnonzero(~np.isnan(value))
+    value = value[known]
+    weight[known, target.start : target.stop] = 1.0
+    if target.kind == "yesno":
+        y[known, target.start] = value
+    elif target.kind == "choice":
+        y[known, target.start + value.astype(np.intp)] = 1.0
+    else:  # two neighbouring atoms whose mean is the value (the projection of C51, arXiv 1707.06887)
+        answer = target.question.answer
+        assert isinstance(answer, Number)
+        place = (np.clip(value, answer.low, answer.high) - answer.low) * ((target.width - 1) / (answer.high - answer.low))
+        lower = np.minimum(place.astype(np.intp), target.width - 2)
+        y[known, target.start + lower] = lower + 1 - place
+        y[known, target.start + lower + 1] = place - lower
+
+
+def _concatenate(parts: list[NDArray[np.intp]]) -> NDArray[np.intp]:
+    return np.concatenate(parts) if parts else np.zeros(0, np.intp)

@@ -1,0 +1,94 @@
+"""Policy classes with a question-answering head, for any SB3 actor-critic algorithm or policy class."""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+
+from sb3_qa.errors import QAError
+from sb3_qa.policies.mixin import QAPolicyMixin
+
+__all__ = ["QACnnPolicy", "QAMlpPolicy", "QAMultiInputPolicy", "QAPolicyMixin", "qa_policy"]
+
+_MADE: dict[type[BasePolicy], type[BasePolicy]] = {}
+
+
+def qa_policy(algorithm_or_policy_class: type[BaseAlgorithm] | type[BasePolicy], base: str = "MlpPolicy") -> type[BasePolicy]:
+    """Return the policy class that also answers questions.
+
+    The class is the same object for the same argument, can be pickled, and takes ``questions`` and the other ``qa_``
+    arguments (see :class:`~sb3_qa.policies.mixin.QAPolicyMixin`) beside everything its base takes.
+
+    :param algorithm_or_policy_class: an SB3 algorithm, e.g. ``PPO``, or a policy class, e.g. one of your own
+    :param base: for an algorithm, which of its policies: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"
+    :raises QAError: when no such policy exists, or it cannot be taught
+    """
+    given = algorithm_or_policy_class
+    if isinstance(given, type) and issubclass(given, BaseAlgorithm):
+        if base not in given.policy_aliases:
+            raise QAError(f"qa_policy got base={base!r} for {given.__name__}; expected one of {sorted(given.policy_aliases)}; give base=...")
+        policy_class = given.policy_aliases[base]
+    elif isinstance(given, type) and issubclass(given, BasePolicy):
+        policy_class = given
+    else:
+        raise QAError(f"qa_policy got {given!r}; expected an SB3 algorithm or policy class; write e.g. qa_policy(PPO)")
+    if issubclass(policy_class, QAPolicyMixin):
+        return policy_class
+    if not issubclass(policy_class, ActorCriticPolicy):
+        raise QAError(
+            f"qa_policy got {policy_class.__name__}; expected an actor-critic policy (a subclass of ActorCriticPolicy); use PPO or A2C"
+        )
+    if policy_class not in _MADE:
+        _MADE[policy_class] = _make(policy_class)
+    return _MADE[policy_class]
+
+
+def _make(policy_class: type[BasePolicy]) -> type[BasePolicy]:
+    metaclass = _metaclass_of(type(policy_class))
+    name = _free_name(f"QA{policy_class.__name__}")
+    # `vars(mixin)` is inherited; only the name has to be found in this module, for pickle and for people.
+    made = metaclass(name, (QAPolicyMixin, policy_class), {"__module__": __name__, "__doc__": policy_class.__doc__})
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+_METACLASSES: dict[type, type] = {}
+
+
+def _metaclass_of(base: type) -> type:
+    """A metaclass whose classes are pickled as a call of :func:`qa_policy`, so that a user's own base travels with them."""
+    if base not in _METACLASSES:
+        made = type(f"QA{base.__name__}", (base,), {})
+        reduce: Callable[[Any], Any] = _reduce
+        copyreg.pickle(made, reduce)
+        _METACLASSES[base] = made
+    return _METACLASSES[base]
+
+
+def _reduce(policy_class: type[BasePolicy]) -> str | tuple[Any, ...]:
+    for base, made in _MADE.items():
+        if made is policy_class:
+            return qa_policy, (base,)
+    return policy_class.__qualname__  # a subclass somebody wrote by hand: by its name, as any class
+
+
+def _free_name(name: str) -> str:
+    module = sys.modules[__name__]
+    names: Sequence[str] = [name, *(f"{name}_{n}" for n in range(2, 1000))]
+    return next(n for n in names if not hasattr(module, n))
+
+
+QAMlpPolicy = qa_policy(ActorCriticPolicy)
+QACnnPolicy = qa_policy(ActorCriticCnnPolicy)
+QAMultiInputPolicy = qa_policy(MultiInputActorCriticPolicy)

@@ -1,0 +1,117 @@
+"""What a policy needs to answer questions: a head, taps on its readouts, and the loss joined to its own training pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sb3_qa.errors import QAError
+from sb3_qa.head import QAHead
+from sb3_qa.joint import JointTraining
+from sb3_qa.questions import Catalogue, Question
+from sb3_qa.taps import Taps
+
+__all__ = ["QAPolicyMixin"]
+
+
+class QAPolicyMixin:
+    """Adds a question-answering head to an SB3 policy. Use it through :func:`sb3_qa.policies.qa_policy`.
+
+    ``parameters()`` yields the agent's own parameters, which is what SB3 clips the gradient of; the head's are
+    ``qa_head.parameters()``. ``named_parameters()``, ``state_dict()`` and the optimiser hold both.
+
+    :param questions: what is to be answered
+    :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off
+    :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint) to 0 (the head only listens)
+    :param qa_net_arch: widths of the head's own layers
+    :param qa_encoder: how the head's rows are made from questions: "index"
+    :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
+    """
+
+    qa_head: QAHead
+
+    def __init__(
+        self,
+        *args: Any,
+        questions: Sequence[Question] | None = None,
+        qa_coef: float = 0.5,
+        qa_trunk_gradient: float = 1.0,
+        qa_net_arch: Sequence[int] = (64,),
+        qa_encoder: str = "index",
+        action_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if questions is None:
+            raise QAError(
+                f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...])"
+            )
+        _check_number("qa_coef", qa_coef, 0.0, float("inf"))
+        _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
+        catalogue = Catalogue(list(questions))
+        super().__init__(*args, **kwargs)
+        self.qa_kwargs: dict[str, Any] = dict(
+            questions=list(questions),
+            qa_coef=qa_coef,
+            qa_trunk_gradient=qa_trunk_gradient,
+            qa_net_arch=list(qa_net_arch),
+            qa_encoder=qa_encoder,
+            action_names=None if action_names is None else list(action_names),
+        )
+        self.action_names = self._checked_names(self.qa_kwargs["action_names"])
+        self.qa_taps = Taps(self)  # type: ignore[arg-type]
+        seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
+        self.qa_head = QAHead(catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed)  # type: ignore[attr-defined]
+        self.qa_head.to(self.device)  # type: ignore[attr-defined]
+        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
+        self._qa_join_optimizer()
+        for index, name in enumerate(self.qa_taps.names):
+            getattr(self, name).register_forward_hook(partial(_tapped, self, index))
+
+    def _qa_join_optimizer(self) -> None:
+        """The head is a group of its own: same class and learning rate; epsilon small enough for a mean over many questions."""
+        optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
+        group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
+        if "eps" in optimizer.defaults:
+            group["eps"] = min(optimizer.defaults["eps"], 1e-8)
+        optimizer.add_param_group(group)
+        optimizer.register_step_pre_hook(partial(_refuse_untaught, self))
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
+        named = self.named_parameters(recurse=recurse)  # type: ignore[attr-defined]
+        return (parameter for name, parameter in named if not name.startswith("qa_head."))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
+
+    def _checked_names(self, names: list[str] | None) -> list[str] | None:
+        n = getattr(self.action_space, "n", None)  # type: ignore[attr-defined]
+        if names is not None and len(names) != n:
+            raise QAError(f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once")  # type: ignore[attr-defined]
+        return names
+
+
+def _tapped(policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    joint: JointTraining = policy.qa_joint
+    if not (joint.waiting and torch.is_grad_enabled()):
+        return None
+    latents = policy.qa_taps.note(index, args[0])
+    return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)
+
+
+def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if policy.qa_joint.store is None:
+        raise QAError(
+            "a policy with questions is being trained without a QACallback, so they would never be learnt; expected one in "
+            "learn(); write model.learn(..., callback=QACallback()), beside other callbacks in a list, not inside one of them"
+        )
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        expected = f"a number from {low:g} to {high:g}" if high < float("inf") else f"a number, at least {low:g}"
+        raise QAError(f"policy_kwargs got {name}={value!r}; expected {expected}; give e.g. {name}={min(high, 1.0)}")

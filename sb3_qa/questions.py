@@ -1,0 +1,311 @@
+"""What can be asked: questions, the kinds of answer they have, and their instances.
+
+>>> from sb3_qa import Question
+>>> from sb3_qa.truth import eventually
+>>> crash = Question("Will I crash within {k} steps if I choose {action}?", eventually("crashed", within="k"), k=[1, 5], name="crash")
+>>> [instance.key for instance in crash.instances]
+['crash[k=1]', 'crash[k=5]']
+>>> crash.instances[1].text
+'Will I crash within 5 steps if I choose {action}?'
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+import string
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+
+from sb3_qa.errors import QAError
+from sb3_qa.truth import Truth, check_horizon
+
+__all__ = ["Catalogue", "Choice", "Instance", "Number", "Question", "Target", "YesNo"]
+
+NAME_LENGTH = 24  # "qa/<name>/accuracy" must fit in the 36 characters that SB3's loggers keep of a key
+NUMBER_ATOMS = 32
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """A question answered by a probability."""
+
+
+@dataclass(frozen=True, init=False)
+class Choice:
+    """A question answered by one of several options: ``Choice("left", "middle", "right")``.
+
+    The fact may give the option itself or its index.
+    """
+
+    options: tuple[Any, ...]
+
+    def __init__(self, *options: Hashable) -> None:
+        if len(options) == 1 and isinstance(options[0], (list, tuple)):
+            raise QAError(f"Choice got one list, {options[0]!r}; expected its options one by one; write Choice(*options)")
+        if len(options) < 2 or len(set(options)) != len(options):
+            raise QAError(f"Choice got {options!r}; expected at least two different options; add an option or ask a YesNo()")
+        object.__setattr__(self, "options", tuple(options))
+
+
+@dataclass(frozen=True)
+class Number:
+    """A question answered by a number in [low, high], in the fact's own units. A fact outside counts as the near end."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for bound in (self.low, self.high):
+            if isinstance(bound, bool) or not isinstance(bound, Real) or not math.isfinite(bound):
+                raise QAError(f"Number got the bound {bound!r}; expected two finite numbers; give e.g. Number(0, 40)")
+        if self.low >= self.high:
+            raise QAError(f"Number got low={self.low}, high={self.high}; expected low < high; swap or widen them")
+
+
+AnswerKind = YesNo | Choice | Number
+_YES_NO = YesNo()
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One question with one value for every slot."""
+
+    key: str
+    """``name[slot=value]``, or the question's name if it has no slots: the key in ``info`` and of ``ask``."""
+    text: str
+    """The question's words with the slots filled; ``{action}`` stays."""
+    question: Question
+    slots: Mapping[str, Any]
+    horizon: int | None
+
+    @property
+    def per_action(self) -> bool:
+        """Whether the answer depends on the action chosen."""
+        return self.question.per_action
+
+
+@dataclass(frozen=True, init=False)
+class Question:
+    """A question that is learnt together with the agent.
+
+    :param text: what is asked; ``{slot}`` stands for each value listed for that slot, the reserved ``{action}`` makes
+        the question one about the action chosen
+    :param truth: how its truth becomes known, see :mod:`sb3_qa.truth`
+    :param answer: ``YesNo()``, ``Choice(...)`` or ``Number(low, high)``; ``steps_until`` needs none
+    :param name: key in logs and ``info``, at most 24 letters, digits or ``_-. ``; made from the text if not given
+    :param slots: the values of each slot
+    :raises QAError: when anything does not fit, at once
+    """
+
+    text: str
+    truth: Truth
+    answer: AnswerKind
+    name: str
+    slots: Mapping[str, tuple[Any, ...]] = field(hash=False)
+    ACTION: ClassVar[str] = "action"
+
+    def __init__(
+        self, text: str, truth: Truth, answer: AnswerKind = _YES_NO, name: str | None = None, **slots: Iterable[Any]
+    ) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise QAError(f"Question got the text {text!r}; expected words; write what is asked")
+        where = f"question {name or text!r}"
+        if not isinstance(truth, Truth):
+            raise QAError(
+                f"{where} got truth={truth!r}; expected an operator of sb3_qa.truth; wrap the fact, e.g. now({truth!r})"
+            )
+        if answer is YesNo or answer is Choice or answer is Number:
+            raise QAError(f"{where} got the class {answer.__name__}; expected an answer made of it; call it: {answer.__name__}(...)")
+        if not isinstance(answer, (YesNo, Choice, Number)):
+            raise QAError(f"{where} got answer={answer!r}; expected YesNo(), Choice(...) or Number(low, high); give one of them")
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "truth", truth)
+        object.__setattr__(self, "name", _check_name(name if name is not None else _slug(text), where))
+        object.__setattr__(self, "slots", _check_slots(text, truth, slots, where))
+        object.__setattr__(self, "answer", _check_answer(truth, answer, self._longest_horizon(), where))
+
+    @property
+    def per_action(self) -> bool:
+        """Whether the text has the slot ``{action}``."""
+        return self.ACTION in _fields(self.text)
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """Every combination of slot values, in the order given."""
+        return tuple(self._instance(values) for values in itertools.product(*self.slots.values()))
+
+    def _instance(self, values: tuple[Any, ...]) -> Instance:
+        slots = dict(zip(self.slots, values, strict=True))
+        key = self.name + "".join(f"[{slot}={value}]" for slot, value in slots.items())
+        words = string.Formatter().vformat(self.text, (), {**slots, self.ACTION: "{action}"})
+        horizon = self.truth.horizon
+        return Instance(key, words, self, slots, slots[horizon] if isinstance(horizon, str) else horizon)
+
+    def _longest_horizon(self) -> int | None:
+        horizon = self.truth.horizon
+        return max(self.slots[horizon]) if isinstance(horizon, str) else horizon
+
+    def __repr__(self) -> str:
+        return f"Question({self.text!r}, name={self.name!r})"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that is learnt: a distribution that one or more instances read their answers from.
+
+    All horizons of an event are read from one survival curve, so that they cannot contradict each other.
+    """
+
+    question: Question
+    slots: Mapping[str, Any]
+    kind: str
+    """``event`` (hazards of steps 1..width), ``yesno``, ``choice`` (options) or ``number`` (atoms)."""
+    width: int
+    """Number of logits."""
+    horizon: int | None
+    start: int
+    """First logit in the head's columns; the targets about actions come last."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last logit."""
+        return self.start + self.width
+
+
+class Catalogue:
+    """The compiled form of a list of questions: instances people ask for, targets that are learnt.
+
+    :param questions: at least one; names must differ
+    """
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        if isinstance(questions, Question) or not isinstance(questions, (list, tuple)) or not questions:
+            raise QAError(f"questions got {questions!r}; expected a list of Question; write questions=[crash, speed]")
+        for question in questions:
+            if not isinstance(question, Question):
+                raise QAError(f"questions holds {question!r}; expected only Question objects; make it with Question(...)")
+        names = [question.name for question in questions]
+        for name in names:
+            if names.count(name) > 1:
+                raise QAError(f"questions got the name {name!r} {names.count(name)} times; expected each once; give name=...")
+        self.questions = tuple(questions)
+        self.instances: dict[str, Instance] = {i.key: i for question in questions for i in question.instances}
+        self.targets: list[Target] = []
+        self.target_of: dict[str, Target] = {}
+        self._make_targets()
+        self.n_logits = sum(target.width for target in self.targets)
+        self.n_state_logits = sum(target.width for target in self.targets if not target.question.per_action)
+
+    def _make_targets(self) -> None:
+        members: dict[Any, list[Instance]] = {}
+        for instance in self.instances.values():
+            members.setdefault(_target_id(instance), []).append(instance)
+        # Order of columns: state before action, sigmoids before softmaxes, softmaxes of a width together: each is a slice.
+        drafts = []
+        for instances in members.values():
+            first = instances[0]
+            kind, width = _kind_and_width(first, max(i.horizon or 0 for i in instances))
+            drafts.append((first.per_action, kind in ("choice", "number"), width * (kind in ("choice", "number")), kind, width, instances))
+        start = 0
+        for *_, kind, width, instances in sorted(drafts, key=lambda draft: draft[:3]):
+            first = instances[0]
+            target = Target(first.question, first.slots, kind, width, max(i.horizon or 0 for i in instances) or None, start)
+            self.targets.append(target)
+            self.target_of.update({instance.key: target for instance in instances})
+            start += width
+
+    def find(self, key: str) -> Instance:
+        """Return the instance of that key.
+
+        :raises QAError: naming the nearest keys, if there is none
+        """
+        if key in self.instances:
+            return self.instances[key]
+        raise QAError(f"there is no question {key!r}; expected one of {nearest(key, self.instances)}; ask by an instance's key or its text")
+
+
+def nearest(word: str, known: Iterable[str], most: int = 6) -> str:
+    """The names in ``known`` most like ``word``, for an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=most, cutoff=0.3) or known[:most]
+    rest = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
+    return ", ".join(repr(name) for name in close) + rest
+
+
+def _fields(text: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise QAError(f"the text {text!r} has braces that do not match ({error}); expected {{slot}}; double a literal brace") from None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:NAME_LENGTH].strip("_") or "question"
+
+
+def _check_name(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(rf"[\w\-. ]{{1,{NAME_LENGTH}}}", name):
+        raise QAError(
+            f"{where} got name={name!r}; expected 1 to {NAME_LENGTH} letters, digits, '_', '-', '.' or spaces, as it is a key in logs; "
+            "shorten or respell it"
+        )
+    return name
+
+
+def _check_slots(text: str, truth: Truth, slots: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
+    horizon = truth.horizon
+    wanted = [name for name in dict.fromkeys(_fields(text)) if name != Question.ACTION]
+    if Question.ACTION in slots:
+        raise QAError(f"{where} got values for the slot 'action'; expected none: it stands for every action; leave it out")
+    for name in [*wanted, *([horizon] if isinstance(horizon, str) else [])]:
+        if name not in slots:
+            raise QAError(f"{where} uses the slot {name!r} but got values for {sorted(slots) or 'none'}; give {name}=[...]")
+    checked: dict[str, tuple[Any, ...]] = {}
+    for name, values in slots.items():
+        if name not in wanted and name != horizon:
+            raise QAError(
+                f"{where} got the slot {name!r}, which its text does not use; expected {wanted or 'no slots'}; write {{{name}}} or drop it"
+            )
+        values = (values,) if isinstance(values, (str, Real)) else tuple(values)
+        if not values or len(set(values)) != len(values):
+            raise QAError(f"{where} got {name}={list(values)!r}; expected at least one value, each once; list them, e.g. {name}=[1, 5]")
+        if name == horizon:
+            values = tuple(check_horizon(value, f"{where}, slot {name!r},") for value in values)
+        checked[name] = values
+    return checked
+
+
+def _check_answer(truth: Truth, answer: AnswerKind, horizon: int | None, where: str) -> AnswerKind:
+    operator = truth.operator
+    if operator in ("eventually", "always") and not isinstance(answer, YesNo):
+        raise QAError(f"{where} got answer={answer!r}; expected YesNo() for {operator}(); leave answer out")
+    if operator == "steps_until":
+        assert horizon is not None
+        if isinstance(answer, YesNo):
+            return Number(0, horizon)
+        if not isinstance(answer, Number) or answer.low > 1 or answer.high < horizon:
+            raise QAError(f"{where} got answer={answer!r}; expected Number(0, {horizon}) for steps_until(cap={horizon}); leave answer out")
+    if operator in ("total", "peak", "lowest") and not isinstance(answer, Number):
+        raise QAError(f"{where} got answer={answer!r}; expected Number(low, high) for {operator}(); give the range of the fact")
+    return answer
+
+
+def _target_id(instance: Instance) -> Any:
+    truth = instance.question.truth
+    if truth.is_event and isinstance(truth.horizon, str):
+        return instance.question.name, tuple(value for slot, value in instance.slots.items() if slot != truth.horizon)
+    return instance.key
+
+
+def _kind_and_width(instance: Instance, horizon: int) -> tuple[str, int]:
+    answer = instance.question.answer
+    if instance.question.truth.is_event:
+        return "event", horizon
+    if isinstance(answer, Choice):
+        return "choice", len(answer.options)
+    return ("number", NUMBER_ATOMS) if isinstance(answer, Number) else ("yesno", 1)

@@ -1,0 +1,145 @@
+"""Where an SB3 agent keeps what it knows: the inputs of its last layers, the *readouts*."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from torch import nn
+
+from sb3_qa.errors import QAError
+
+__all__ = ["READOUTS", "Taps"]
+
+READOUTS: dict[type[BasePolicy], tuple[str, ...]] = {
+    ActorCriticPolicy: ("action_net", "value_net"),
+}
+"""Names of the readouts of each family of policies, in the order of its class hierarchy."""
+
+# What ActorCriticPolicy computes its latents with; a subclass that replaces any of it is read through its own passes.
+_PASSES = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features", "_build_mlp_extractor")
+
+
+class Taps:
+    """Reads the latents of a policy, in passing (hooks on the readouts) or on request.
+
+    :param policy: a policy of a family in :data:`READOUTS`
+    :raises QAError: when its readouts cannot be found
+    """
+
+    def __init__(self, policy: BasePolicy) -> None:
+        family = next((names for kind, names in READOUTS.items() if isinstance(policy, kind)), None)
+        if family is None:
+            raise QAError(
+                f"qa_policy got {type(policy).__name__}; expected a subclass of "
+                f"{', '.join(kind.__name__ for kind in READOUTS)}; use PPO or A2C, or derive the policy from one of these"
+            )
+        missing = [name for name in family if not isinstance(getattr(policy, name, None), nn.Module)]
+        if missing:
+            raise QAError(f"{type(policy).__name__} has no module {missing[0]!r}; expected the readouts {family}; name its last layers so")
+        self.names = family
+        self._direct = all(_is_stock(type(policy), name) for name in _PASSES)
+        self.seen: list[torch.Tensor | None] = [None] * len(family)
+        # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
+        latents = self._by_evaluation(policy)
+        self.keep = [n for n, x in enumerate(latents) if all(x is not other for other in latents[:n])]
+        self.latent_dim = sum(latents[n].shape[-1] for n in self.keep)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
+        return self._copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": [None] * len(self.names)}
+
+    def _copy(self) -> Taps:
+        taps = Taps.__new__(Taps)
+        taps.__dict__.update(self.__getstate__())
+        return taps
+
+    def join(self, latents: list[torch.Tensor]) -> torch.Tensor:
+        """Latents of the readouts, each (n, dim), as one tensor (n, latent_dim)."""
+        kept = [latents[n] for n in self.keep]
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+
+    def note(self, index: int, latent: torch.Tensor) -> torch.Tensor | None:
+        """Take the latent that just entered readout ``index``; all of them joined, once the pass has reached every one."""
+        self.seen[index] = latent
+        latents = [x for x in self.seen if x is not None and len(x) == len(latent)]
+        if len(latents) < len(self.names):
+            return None
+        self.clear()
+        return self.join(latents)
+
+    def clear(self) -> None:
+        """Forget a pass."""
+        self.seen = [None] * len(self.names)
+
+    def read(self, policy: Any, obs: Any) -> torch.Tensor:
+        """Latents (n, latent_dim) of preprocessed-to-tensor observations, without gradients or use of a random stream."""
+        with torch.no_grad():
+            if not self._direct:
+                return self.join(self._by_passes(policy, obs))
+            features = policy.extract_features(obs)
+            if policy.share_features_extractor:
+                return self.join(list(policy.mlp_extractor(features)))
+            pi_features, vf_features = features
+            return self.join([policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)])
+
+    def _by_passes(self, policy: Any, obs: Any) -> list[torch.Tensor]:
+        with _recording(policy, self.names) as seen:
+            policy.get_distribution(obs)
+            policy.predict_values(obs)
+        return [seen[name] for name in self.names]
+
+    def _by_evaluation(self, policy: Any) -> list[torch.Tensor]:
+        """Run the pass that training uses, once, on a blank observation, to see what enters the readouts."""
+        training = policy.training
+        policy.train(False)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _recording(policy, self.names) as seen:
+            policy.evaluate_actions(_blank(policy.observation_space, policy.device), _blank_action(policy.action_space, policy.device))
+        policy.train(training)
+        unread = [name for name in self.names if name not in seen]
+        if unread:
+            raise QAError(
+                f"{type(policy).__name__}.evaluate_actions() does not call {unread[0]!r}; expected a pass through all of {self.names}, "
+                "which is where the question loss joins; call it as a module"
+            )
+        return [seen[name] for name in self.names]
+
+
+@contextmanager
+def _recording(policy: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = args[0]
+
+    handles = [operator.attrgetter(name)(policy).register_forward_pre_hook(partial(note, name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_stock(cls: type, name: str) -> bool:
+    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
+    return owner is not None and owner.__module__.startswith("stable_baselines3.")
+
+
+def _blank(space: spaces.Space, device: torch.device) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _blank(value, device) for key, value in space.spaces.items()}
+    return torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype), device=device)
+
+
+def _blank_action(space: spaces.Space, device: torch.device) -> torch.Tensor:
+    blank = torch.zeros((1, *(space.shape or ())), device=device)
+    return blank.long() if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) else blank

@@ -1,0 +1,125 @@
+"""Facts of a step, and the operators that turn them into the truth of a question.
+
+Time is counted in decisions. At ``t`` the agent sees ``s_t`` and acts; the step (or reset) that *produced* ``s_t``
+carries the fact ``f(s_t)``. Every operator but :func:`now` looks at the states *after* the decision,
+``s_{t+1} .. s_{t+k}``; they are the bounded operators of temporal logic (Koymans 1990, "Specifying real-time
+properties with metric temporal logic") over those states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from sb3_qa.errors import QAError
+
+__all__ = ["Fact", "Step", "Truth", "after", "always", "eventually", "lowest", "now", "peak", "steps_until", "total"]
+
+
+class Step(NamedTuple):
+    """What is known once a state has been arrived in: the argument of a callable fact.
+
+    At a reset ``action`` is None, ``reward`` is 0.0, both flags are False, and ``info`` is what ``reset`` returned.
+    """
+
+    obs: Any
+    """The state arrived in (of one environment); on the last step of an episode, the true last observation."""
+    action: Any
+    """The action as it was executed."""
+    reward: float
+    """The environment's own reward, before any shaping or normalisation."""
+    terminated: bool
+    truncated: bool
+    info: Mapping[str, Any]
+
+
+Fact = str | Callable[..., Any]
+"""The name of an ``info`` key, or a callable of a :class:`Step` (slots it names by keyword are passed as well)."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How the truth of a question becomes known: an operator over a fact, made by the functions of this module."""
+
+    operator: str
+    fact: Fact
+    horizon: int | str | None = None
+    discount: float = 1.0
+
+    @property
+    def is_event(self) -> bool:
+        """Whether the answer is the time of an event, learnt as a survival curve."""
+        return self.operator in ("eventually", "always", "steps_until")
+
+    @property
+    def event_when(self) -> bool:
+        """The value of the fact that is the event: ``always(f)`` ends when f becomes false."""
+        return self.operator != "always"
+
+
+def now(fact: Fact) -> Truth:
+    """f(s_t): the fact that arrived with the state the question is asked in.
+
+    >>> now("speed").operator
+    'now'
+    """
+    return _truth("now", fact)
+
+
+def after(fact: Fact, *, steps: int | str) -> Truth:
+    """f(s_{t+k}). When the episode has ended by then a yes/no question is answered no, any other has no truth."""
+    return _truth("after", fact, steps, "steps")
+
+
+def eventually(fact: Fact, *, within: int | str) -> Truth:
+    """Whether f holds in any of s_{t+1} .. s_{t+k}. A termination ends the future: no event comes after it."""
+    return _truth("eventually", fact, within, "within")
+
+
+def always(fact: Fact, *, during: int | str) -> Truth:
+    """Whether f holds in all of s_{t+1} .. s_{t+k} (as many of them as there are, if the episode terminates)."""
+    return _truth("always", fact, during, "during")
+
+
+def steps_until(fact: Fact, *, cap: int | str) -> Truth:
+    """min(T, k) where T is the first step at which f holds in s_{t+T}; k if it does not within k steps."""
+    return _truth("steps_until", fact, cap, "cap")
+
+
+def total(fact: Fact, *, over: int | str, discount: float = 1.0) -> Truth:
+    """Sum over j = 1..k of discount**(j-1) * f(s_{t+j}), up to a termination."""
+    if isinstance(discount, bool) or not isinstance(discount, Real) or not 0.0 < discount <= 1.0:
+        raise QAError(f"total() got discount={discount!r}; expected a number in (0, 1]; give discount=0.99 or leave it out")
+    return _truth("total", fact, over, "over", float(discount))
+
+
+def peak(fact: Fact, *, over: int | str) -> Truth:
+    """The largest of f(s_{t+1}) .. f(s_{t+k}), up to a termination."""
+    return _truth("peak", fact, over, "over")
+
+
+def lowest(fact: Fact, *, over: int | str) -> Truth:
+    """The smallest of f(s_{t+1}) .. f(s_{t+k}), up to a termination."""
+    return _truth("lowest", fact, over, "over")
+
+
+def _truth(operator: str, fact: Fact, horizon: int | str | None = None, word: str = "", discount: float = 1.0) -> Truth:
+    if not (callable(fact) or (isinstance(fact, str) and fact)):
+        raise QAError(
+            f"{operator}() got {fact!r} as a fact; expected the name of an info key or a callable of a Step; "
+            f'give e.g. {operator}("crashed"...) or {operator}(lambda step: step.terminated...)'
+        )
+    if word and not isinstance(horizon, str):
+        horizon = check_horizon(horizon, f"{operator}({word}=...)")
+    return Truth(operator, fact, horizon, discount)
+
+
+def check_horizon(value: Any, where: str) -> int:
+    """Return ``value`` as a whole number of steps, or raise :class:`QAError`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value) or value < 1:
+        kind = "" if isinstance(value, Integral) else ", or the name of a slot"
+        raise QAError(f"{where} got a horizon of {value!r}; expected a whole number of steps, at least 1{kind}; give 1 or more")
+    return int(value)

@@ -1,0 +1,321 @@
+"""What every question-answering wrapper shares: a rule that works on batches, and the shells that feed it.
+
+A *rule* holds all that a wrapper decides. A *shell* fits it to an interface: :class:`QAWrapper` is a
+``gymnasium.Wrapper`` (a batch of one), :class:`VecQAWrapper` an SB3 ``VecEnvWrapper``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecEnvWrapper
+
+from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.errors import QAError
+
+__all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
+
+QA = QuestionAnswerer | str | PathLike[str] | None
+Info = dict[str, Any]
+
+
+class Arrival:
+    """What one step of a batch of environments brought. Observations are batches (n, ...)."""
+
+    def __init__(
+        self, obs: Any, rewards: NDArray[np.float32], done: NDArray[np.bool_], terminated: NDArray[np.bool_], infos: list[Info]
+    ) -> None:
+        self.obs = obs
+        """Where the agent acts next: the first state of a new episode, if the environment has reset itself."""
+        self.rewards = rewards
+        self.done = done
+        self.terminated = terminated
+        self.infos = infos
+
+    def last_obs(self, index: NDArray[np.intp]) -> Any:
+        """The true last observations of the episodes that ended at ``index``."""
+        rows = [self.infos[i]["terminal_observation"] if "terminal_observation" in self.infos[i] else row(self.obs, i) for i in index]
+        return {key: np.stack([one[key] for one in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+
+
+class Rule:
+    """Base of the rules. ``here`` is the reading of the states the agent is about to act in.
+
+    :param qa: who answers; None to be bound later (``QACallback`` does so)
+    :param unbound: what to do at a step without one: "error", or "pass" the step through
+    """
+
+    def __init__(self, name: str, qa: QA, unbound: str) -> None:
+        if unbound not in ("error", "pass"):
+            raise QAError(f'{name} got unbound={unbound!r}; expected "error" or "pass"; give one of them')
+        self.name = name
+        self.unbound = unbound
+        self.qa: QuestionAnswerer | None = None
+        self.obs: Any = None
+        self.own = qa is not None
+
+    def on_bind(self, qa: QuestionAnswerer) -> None:
+        """Check the rule's questions against the answerer's. To be extended."""
+
+    def begin(self, index: NDArray[np.intp]) -> list[Info]:
+        """What to tell at a reset, for the environments at ``index`` of ``self.obs``. To be implemented."""
+        raise NotImplementedError
+
+    def act(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """The actions to execute in ``self.obs``. May be extended."""
+        return actions
+
+    def arrive(self, actions: NDArray[Any], arrival: Arrival) -> None:
+        """Tell, in ``arrival.infos``, and set ``arrival.rewards``. ``self.obs`` is still where the actions were chosen."""
+        raise NotImplementedError
+
+    @property
+    def here(self) -> Reading:
+        """The reading of ``self.obs``."""
+        assert self.qa is not None
+        return self.qa.read(self.obs)
+
+    def bind(self, qa: QuestionAnswerer) -> None:
+        """Let ``qa`` answer from now on."""
+        self.on_bind(qa)
+        self.qa = qa
+
+    def ready(self) -> bool:
+        """Whether there is an answerer; an error at once where one is needed."""
+        if self.qa is None and self.unbound == "error":
+            raise QAError(
+                f"{self.name} has no answerer yet; expected one before the first step; train with callback=QACallback(), pass "
+                'qa=, call .bind(QuestionAnswerer.from_model(model)), or let it pass with unbound="pass"'
+            )
+        return self.qa is not None
+
+    def executed(self, actions: NDArray[Any], infos: list[Info]) -> NDArray[Any]:
+        """The actions that were really executed, should a veto further in have replaced some."""
+        if not any("qa/executed_action" in info for info in infos):
+            return actions
+        return np.stack([np.asarray(info.get("qa/executed_action", action)) for info, action in zip(infos, actions, strict=True)])
+
+
+def as_answerer(qa: QA) -> QuestionAnswerer | None:
+    """``qa=`` as it is, or loaded from its path."""
+    return qa if qa is None or isinstance(qa, QuestionAnswerer) else QuestionAnswerer.load(qa)
+
+
+def plain(action: Any) -> Any:
+    """An action for ``info``: a number of a discrete action, an array otherwise."""
+    return action.item() if isinstance(action, np.generic) or np.ndim(action) == 0 else np.array(action)
+
+
+def no_action(space: spaces.Space) -> Any:
+    """What stands for the action in the info of a reset, where there is none: -1, or nans in the shape of a box."""
+    if isinstance(space, spaces.Box):
+        return np.full(space.shape, np.nan, np.float32)
+    return -1 if isinstance(space, spaces.Discrete) else np.full(space.shape or (), -1)
+
+
+class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
+    """Shell for one environment: a batch of one."""
+
+    def __init__(self, env: gym.Env[Any, Any], rule: Rule, qa: QA) -> None:
+        super().__init__(env)
+        self.rule = rule
+        answerer = as_answerer(qa)
+        if answerer is not None:
+            self.bind(answerer)
+
+    def bind(self, qa: QuestionAnswerer) -> None:
+        """Let ``qa`` answer from now on; it must know observations like this environment's.
+
+        :raises QAError: when it does not
+        """
+        if qa.normalized:
+            raise QAError(_normalized(type(self).__name__, f"Vec{type(self).__name__}"))
+        check_spaces(type(self).__name__, qa, self.observation_space, self.action_space)
+        self.rule.bind(qa)
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.rule.obs = _batch(obs)
+        return obs, {**info, **self._begin()}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, Info]:
+        rule = self.rule
+        if not rule.ready():
+            return self.env.step(action)
+        chosen = rule.act(np.asarray(action)[None])
+        obs, reward, terminated, truncated, info = self.env.step(_like(action, chosen[0]))
+        done = np.array([terminated or truncated])
+        arrival = Arrival(_batch(obs), np.array([reward], np.float64), done, np.array([terminated]), [info])
+        rule.arrive(chosen, arrival)
+        rule.obs = arrival.obs
+        return obs, float(arrival.rewards[0]), terminated, truncated, arrival.infos[0]
+
+    def _begin(self) -> Info:
+        return self.rule.begin(np.zeros(1, np.intp))[0] if self.rule.qa is not None else {}
+
+
+class VecQAWrapper(VecEnvWrapper):
+    """Shell for an SB3 vectorised environment. ``reset_infos`` tells the same keys for first states."""
+
+    def __init__(self, venv: VecEnv, rule: Rule, qa: QA) -> None:
+        super().__init__(venv)
+        self.rule = rule
+        self._actions: NDArray[Any] = np.zeros(0)
+        answerer = as_answerer(qa)
+        if answerer is not None:
+            self.bind(answerer)
+
+    def bind(self, qa: QuestionAnswerer) -> None:
+        """Let ``qa`` answer from now on; it must know observations like this environment's.
+
+        :raises QAError: when it does not
+        """
+        name = type(self).__name__
+        inside = [wrapper for wrapper in _chain(self.venv) if isinstance(wrapper, VecNormalize) and wrapper.norm_obs]
+        if qa.normalized and not inside:
+            raise QAError(_normalized(name, name))
+        if inside and not qa.normalized:
+            raise QAError(
+                f"{name} sees observations normalised by VecNormalize but its answerer learnt from raw ones; expected the same; "
+                f"wrap the other way round: VecNormalize({name}(env, ...))"
+            )
+        check_spaces(name, qa, self.observation_space, self.action_space)
+        self.rule.bind(qa)
+        if self.rule.obs is not None:  # bound after a reset, as in learn(): tell now what the reset could not
+            self._begin(np.arange(self.num_envs))
+
+    def reset(self) -> Any:
+        obs = self.venv.reset()
+        self.rule.obs = obs
+        self._begin(np.arange(self.num_envs))
+        return obs
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        self._actions = self.rule.act(np.asarray(actions)) if self.rule.ready() else actions
+        self.venv.step_async(self._actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        ended = np.flatnonzero(dones)
+        if self.rule.qa is None:
+            self.rule.obs = obs
+            self._begin(ended)
+            return obs, rewards, dones, infos
+        cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        arrival = Arrival(obs, rewards, dones, dones & ~cut, infos)
+        self.rule.arrive(self._actions, arrival)
+        self.rule.obs = obs
+        self._begin(ended)
+        return obs, arrival.rewards, dones, arrival.infos
+
+    def _begin(self, index: NDArray[np.intp]) -> None:
+        if not len(index):
+            return
+        # SB3's own wrappers do not pass reset_infos on: take them from the next wrapper that does.
+        inner = next(env for env in _chain(self.venv) if isinstance(env, VecQAWrapper) or not isinstance(env, VecEnvWrapper))
+        told = self.rule.begin(index) if self.rule.qa is not None else [{}] * len(index)
+        for i, more in zip(index, told, strict=True):
+            self.reset_infos[i] = {**inner.reset_infos[i], **more}
+
+
+def qa_wrappers(env: Any) -> Iterator[tuple[QAWrapper | VecQAWrapper, list[Any]]]:
+    """The question-answering wrappers of an SB3 environment, outermost first, each with the wrappers around it.
+
+    Single environments are looked into where they live in this process (``DummyVecEnv``).
+    """
+    around: list[Any] = []
+    for wrapper in _chain(env):
+        if isinstance(wrapper, VecQAWrapper):
+            yield wrapper, list(around)
+        around.append(wrapper)
+        if isinstance(wrapper, DummyVecEnv):
+            for single in wrapper.envs:
+                outside = list(around)
+                while isinstance(single, gym.Wrapper):
+                    if isinstance(single, QAWrapper):
+                        yield single, list(outside)
+                    outside.append(single)
+                    single = single.env
+
+
+def check_around(wrapper: QAWrapper | VecQAWrapper, around: list[Any]) -> None:
+    """Refuse a wrapper that stands inside one which changes what the policy observes.
+
+    :raises QAError: with the order that works
+    """
+    name = type(wrapper).__name__
+    vec_name = name if name.startswith("Vec") else f"Vec{name}"
+    for outer in around:
+        if isinstance(outer, VecNormalize) and outer.norm_obs:
+            raise QAError(
+                f"{name} stands inside VecNormalize, so it sees raw observations where the policy sees normalised ones; expected "
+                f"the same; put it outside: {vec_name}(VecNormalize(env), ...)"
+            )
+        if not same_observations(outer.observation_space, wrapper.observation_space):
+            raise QAError(
+                f"{name} stands inside {type(outer).__name__}, so it sees {wrapper.observation_space} where the policy sees "
+                f"{outer.observation_space}; expected the same; put it outside: {vec_name}({type(outer).__name__}(env, ...), ...)"
+            )
+
+
+def check_spaces(name: str, qa: QuestionAnswerer, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """Refuse an answerer that learnt from another kind of observations or actions.
+
+    :raises QAError: naming both
+    """
+    policy = qa.policy
+    if not same_observations(policy.observation_space, observation_space):
+        raise QAError(
+            f"{name} sees {observation_space} but its answerer's policy sees {policy.observation_space}; expected the same; put "
+            f"{name} outside the wrapper that changes observations (VecFrameStack, a FrameStack, ...), or use that answerer's environment"
+        )
+    if policy.action_space != action_space:
+        raise QAError(
+            f"{name} has the action space {action_space} but its answerer's is {policy.action_space}; expected the same; use the "
+            "environment that the answerer was trained in"
+        )
+
+
+def same_observations(a: spaces.Space, b: spaces.Space) -> bool:
+    """Whether observations of the two spaces have one shape; images may have their channels first or last, as in SB3."""
+    if isinstance(a, spaces.Dict) or isinstance(b, spaces.Dict):
+        both = isinstance(a, spaces.Dict) and isinstance(b, spaces.Dict) and a.spaces.keys() == b.spaces.keys()
+        return both and all(same_observations(a.spaces[key], b.spaces[key]) for key in a.spaces)  # type: ignore[attr-defined]
+    if a.shape == b.shape:
+        return type(a) is type(b)
+    image = a.dtype == b.dtype == np.uint8 and len(a.shape or ()) == len(b.shape or ()) == 3
+    return image and (a.shape == (b.shape[2], *b.shape[:2]) or b.shape == (a.shape[2], *a.shape[:2]))  # type: ignore[index]
+
+
+def _chain(env: Any) -> Iterator[Any]:
+    while env is not None:
+        yield env
+        env = env.venv if isinstance(env, VecEnvWrapper) else None
+
+
+def _normalized(name: str, vec_name: str) -> str:
+    return (
+        f"the answerer of {name} learnt from observations normalised by VecNormalize, and this environment has none inside; "
+        f"expected the same observations; wrap {vec_name}(VecNormalize.load(path, env), qa=...)"
+    )
+
+
+def _batch(obs: Any) -> Any:
+    return {key: np.asarray(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+
+
+def row(obs: Any, i: int) -> Any:
+    """Observation of one environment."""
+    return {key: value[i] for key, value in obs.items()} if isinstance(obs, dict) else obs[i]
+
+
+def _like(action: Any, chosen: Any) -> Any:
+    return type(action)(chosen) if isinstance(action, (int, np.integer)) else chosen
+
