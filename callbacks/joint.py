@@ -82,7 +82,9 @@ class QACallback(BaseCallback):
             losses = torch.stack(joint.losses).mean(dim=0).tolist()
             joint.losses.clear()
             for question in catalogue.questions:
-                own = [loss for target, loss in zip(catalogue.targets, losses, strict=True) if target.question is question]
+                own = [
+                    loss for target, loss in zip(catalogue.targets, losses, strict=True) if target.question is question
+                ]
                 self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
 
     def _on_training_end(self) -> None:
@@ -112,7 +114,10 @@ def _eval_envs(callback: Any) -> Iterator[VecEnv]:
     """Environments that callbacks hold, e.g. an EvalCallback's."""
     if isinstance(getattr(callback, "eval_env", None), VecEnv):
         yield callback.eval_env
-    children = [*getattr(callback, "callbacks", []), *(getattr(callback, name, None) for name in ("callback", "callback_after_eval"))]
+    children = [
+        *getattr(callback, "callbacks", []),
+        *(getattr(callback, name, None) for name in ("callback", "callback_after_eval")),
+    ]
     for child in children:
         if isinstance(child, BaseCallback):
             yield from _eval_envs(child)

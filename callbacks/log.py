@@ -59,17 +59,21 @@ class EpisodeLog:
         self._clear()
 
 
-def score_questions(logger: Any, answerer: QuestionAnswerer, buffer: RolloutBuffer, store: LabelStore, cuts: Cuts) -> None:
+def score_questions(
+    logger: Any, answerer: QuestionAnswerer, buffer: RolloutBuffer, store: LabelStore, actions: NDArray[Any], cuts: Cuts
+) -> None:
     """Score answers about the transitions of a rollout before the agent is trained on them.
 
     A question's figures are the means over its instances.
+
+    :param actions: (n_rows, *action_shape), as executed
     """
     n_rows = len(store)
     rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
     reading = answerer.read(_observations(buffer, rows), keep=False)
     room = _room(cuts, n_rows)[rows]
     catalogue = answerer.catalogue
-    about_action = reading.action_logits(store.actions[rows]) if catalogue.n_state_logits < catalogue.n_logits else None
+    about_action = reading.action_logits(actions[rows]) if store.features is not None else None
     for question in catalogue.questions:
         figures: dict[str, list[float]] = {}
         for instance in question.instances:
@@ -102,12 +106,12 @@ def truths(
     :param room: (len(rows),) number of steps from each row to the cut its future runs into
     """
     target = answerer.catalogue.target_of[instance.key]
-    if target.kind != "event":
-        column = [t for t in store.targets if t.kind != "event"].index(target)
-        return store.values[rows, column]
+    if target.kind in ("choice", "number"):
+        return store.values[id(target)][rows]
+    known, event = (each[rows] for each in store.times[id(target)])
+    if target.kind == "yesno":
+        return np.where(known > 0, event, np.nan).astype(np.float32)
     assert instance.horizon is not None
-    column = [t for t in store.targets if t.kind == "event"].index(target)
-    known, event = store.known[rows, column], store.event[rows, column]
     if instance.question.truth.operator == "steps_until":
         truth = np.minimum(known, instance.horizon).astype(np.float32)
         truth[~event] = instance.horizon
@@ -132,7 +136,11 @@ def _figures(answer: Answer, truth: NDArray[np.float32]) -> dict[str, float]:
         option = truth.astype(np.intp)
         p /= p.sum(axis=1, keepdims=True)
         base_rate = np.bincount(option).max() / len(option)
-        return {"accuracy": scores.accuracy(p, option), "brier": scores.brier_choice(p, option), "base_rate": float(base_rate)}
+        return {
+            "accuracy": scores.accuracy(p, option),
+            "brier": scores.brier_choice(p, option),
+            "base_rate": float(base_rate),
+        }
     return {"error": scores.absolute_error(answer.value, truth)}
 
 

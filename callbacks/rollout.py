@@ -17,7 +17,7 @@ from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import EpisodeLog, score_questions
 from sb3_qa.facts import FactReader
 from sb3_qa.head import survival
-from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window, window_after
+from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window, window_after, yes_or_no
 from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row
@@ -41,8 +41,7 @@ class Rollout:
         env = model.get_env()
         assert env is not None
         self._normalize_inside = _normalize_inside(env)
-        infos = env.unwrapped.reset_infos
-        self._state = self._facts_at_reset(infos, model._last_obs, range(env.num_envs))
+        self._state = self._facts_at_reset(self._reset_infos(), model._last_obs, range(env.num_envs))
         if model._last_episode_starts is not None:  # learn() called again, in the middle of episodes
             self._state[~np.asarray(model._last_episode_starts, bool)] = np.nan
         self.start()
@@ -58,36 +57,56 @@ class Rollout:
 
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step from the local variables of ``collect_rollouts``."""
-        infos, dones = local["infos"], np.asarray(local["dones"], bool)
+        infos, dones = local["infos"], local["dones"]
         actions = local.get("clipped_actions", local["actions"])
-        executed = [info.get("qa/executed_action", action) for info, action in zip(infos, actions, strict=True)]
-        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos]) & dones
+        if "qa/executed_action" in infos[0]:
+            actions = np.stack([np.asarray(info["qa/executed_action"]) for info in infos])
+        ended = np.flatnonzero(dones)
+        truncated = np.zeros(len(dones), np.bool_)
+        for i in ended.tolist():
+            truncated[i] = infos[i].get("TimeLimit.truncated", False)
+            if truncated[i]:
+                self._last_obs[len(self._actions), i] = infos[i]["terminal_observation"]
         terminated = dones & ~truncated
-        obs, rewards = local["new_obs"], self._raw_rewards(local["rewards"], infos)
-        raw_obs = self._raw_obs(obs) if self.reader.needs_obs else obs
-        steps = []
-        for i, info in enumerate(infos):
-            arrived = self._last_of_episode(info) if dones[i] and self.reader.needs_obs else row(raw_obs, i)
-            steps.append(Step(arrived, executed[i], float(rewards[i]), bool(terminated[i]), bool(truncated[i]), info))
-        facts = self.reader.read(steps)
+        steps = self._steps(local, actions, terminated, truncated) if self.reader.needs_steps else None
+        facts = self.reader.read(infos, steps)
         self._state_facts.append(self._state)
         self._next_facts.append(facts)
         self._terminated.append(terminated)
         self._truncated.append(truncated)
-        self._actions.append(np.stack([np.asarray(action) for action in executed]))
-        self._state = facts.copy()
-        ended = np.flatnonzero(dones)
-        if len(ended):
-            for i in ended:
-                if truncated[i]:
-                    self._last_obs[len(self._terminated) - 1, int(i)] = infos[i]["terminal_observation"]
-            env = self.model.get_env()
-            assert env is not None
-            self._state[ended] = self._facts_at_reset(env.unwrapped.reset_infos, obs, ended)
+        self._actions.append(np.array(actions))
+        self._state = facts
         self.episodes.step(infos, local["rewards"], dones)
-        if not self._checked and len(ended):
-            self.reader.check_seen(infos[ended[0]])
-            self._checked = True
+        if len(ended):
+            self._state = facts.copy()
+            self._state[ended] = self._facts_at_reset(self._reset_infos(), local["new_obs"], ended)
+            if not self._checked:
+                self.reader.check_seen(infos[ended[0]])
+                self._checked = True
+
+    def _steps(
+        self, local: dict[str, Any], actions: NDArray[Any], terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
+    ) -> list[Step]:
+        infos = local["infos"]
+        obs, rewards = self._raw_obs(local["new_obs"]), self._raw_rewards(local["rewards"], infos)
+        done = terminated | truncated
+        return [
+            Step(
+                self._raw_obs(info["terminal_observation"]) if done[i] else row(obs, i),
+                actions[i],
+                float(rewards[i]),
+                bool(terminated[i]),
+                bool(truncated[i]),
+                info,
+            )
+            for i, info in enumerate(infos)
+        ]
+
+    def _reset_infos(self) -> Sequence[Mapping[str, Any]]:
+        env = self.model.get_env()
+        assert env is not None
+        infos: Sequence[Mapping[str, Any]] = env.unwrapped.reset_infos  # SB3's own wrappers do not pass them on
+        return infos
 
     def labels(self) -> LabelStore:
         """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
@@ -97,25 +116,27 @@ class Rollout:
         facts = np.stack(self._next_facts)
         terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
         cuts = find_cuts(terminated, truncated)
-        events: list[EventTimes] = []
+        state_facts = np.stack(self._state_facts)
+        times: list[EventTimes] = []
         values: list[Floats] = []
         for target, column in zip(self.catalogue.targets, self.reader.column, strict=True):
             fact = facts[..., column]
             if target.kind == "event":
                 event = (fact == 1.0) == target.question.truth.event_when
-                times = event_times(event, terminated, truncated)
-                events.append(EventTimes(*(flatten_rows(x) for x in times)))
+                each = event_times(event, terminated, truncated)
+                times.append(EventTimes(*(flatten_rows(x) for x in each)))
             else:
-                value = _window_value(target, fact, np.stack(self._state_facts)[..., column], terminated, truncated)
-                values.append(flatten_rows(value))
-        n_rows = terminated.size
+                value = flatten_rows(_window_value(target, fact, state_facts[..., column], terminated, truncated))
+                times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
+        features = self.model.policy.qa_head.action_features
+        self._flat_actions = flatten_rows(np.stack(self._actions))
         self.store = LabelStore(
             self.catalogue.targets,
-            events,
-            np.stack(values, axis=1) if values else np.zeros((n_rows, 0), np.float32),
+            times,
+            values,
             flatten_rows(cuts.row),
             self._continuations(cuts),
-            flatten_rows(np.stack(self._actions)),
+            None if features is None else features(self._flat_actions),
         )
         self._cuts = cuts
         return self.store
@@ -123,7 +144,7 @@ class Rollout:
     def log(self, logger: Any) -> None:
         """Log scores of answers about this rollout, given before they are trained on, and what the wrappers told."""
         self.episodes.log(logger)
-        score_questions(logger, self.answerer, self.model.rollout_buffer, self.store, self._cuts)
+        score_questions(logger, self.answerer, self.model.rollout_buffer, self.store, self._flat_actions, self._cuts)
 
     def _continuations(self, cuts: Cuts) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
@@ -131,16 +152,27 @@ class Rollout:
         if not targets or not len(cuts.step):
             return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
         newest = self.model._last_obs
-        rows = [self._last_obs.get((step, env), None) for step, env in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True)]
-        rows = [row(newest, env) if known is None else known for known, env in zip(rows, cuts.env.tolist(), strict=True)]
-        obs = {key: np.stack([one[key] for one in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+        rows = [
+            self._last_obs.get((step, env), None)
+            for step, env in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True)
+        ]
+        rows = [
+            row(newest, env) if known is None else known for known, env in zip(rows, cuts.env.tolist(), strict=True)
+        ]
+        obs = (
+            {key: np.stack([one[key] for one in rows]) for key in rows[0]}
+            if isinstance(rows[0], dict)
+            else np.stack(rows)
+        )
         reading = self.answerer.read(obs, keep=False)
         return self._curves(reading, targets)
 
     def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
         head = self.model.policy.qa_head
         shares, logits = None, None
-        if any(target.question.per_action for target in targets):  # what comes next is up to the policy: a mixture of its actions
+        if any(
+            target.question.per_action for target in targets
+        ):  # what comes next is up to the policy: a mixture of its actions
             if isinstance(self.model.action_space, spaces.Discrete):
                 shares = reading.distribution().distribution.probs.cpu().numpy()
                 logits = reading.action_logits()
@@ -159,21 +191,17 @@ class Rollout:
         return curves
 
     def _facts_at_reset(self, infos: Sequence[Mapping[str, Any]], obs: Any, index: Iterable[int]) -> Floats:
-        raw = self._raw_obs(obs) if self.reader.needs_obs and obs is not None else obs
-        first = [Step(None if raw is None else row(raw, i), None, 0.0, False, False, infos[i]) for i in index]
-        return self.reader.read(first).reshape(len(first), self.reader.n_facts)
+        first = [infos[i] for i in index]
+        steps = None
+        if self.reader.needs_steps:
+            raw = self._raw_obs(obs)
+            steps = [Step(row(raw, i), None, 0.0, False, False, infos[i]) for i in index]
+        return self.reader.read(first, steps)
 
     def _raw_obs(self, obs: Any) -> Any:
         """Observations before VecNormalize, for facts in the environment's own units."""
         normalize = self.model.get_vec_normalize_env()
-        if normalize is None or not normalize.norm_obs:
-            return obs
-        return normalize.unnormalize_obs(obs)
-
-    def _last_of_episode(self, info: Mapping[str, Any]) -> Any:
-        normalize = self.model.get_vec_normalize_env()
-        last = info["terminal_observation"]
-        return last if normalize is None or not normalize.norm_obs else normalize.unnormalize_obs(last)
+        return obs if normalize is None or not normalize.norm_obs else normalize.unnormalize_obs(obs)
 
     def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
         """The environment's own rewards: before shaping wrappers, and before VecNormalize."""

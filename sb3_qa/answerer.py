@@ -35,8 +35,7 @@ class Reading:
         self._policy = answerer.policy
         self._head: QAHead = self._policy.qa_head
         self._obs = obs
-        with torch.no_grad():
-            self.hidden = self._head.hidden(self._policy.qa_taps.read(self._policy, obs))
+        self.hidden: Floats = self._head.hidden(self._policy.qa_taps.read(self._policy, obs).cpu().numpy())
         self._state_logits: Floats | None = None
 
     def __len__(self) -> int:
@@ -45,8 +44,7 @@ class Reading:
     def state_logits(self) -> Floats:
         """(n, n_state)"""
         if self._state_logits is None:
-            with torch.no_grad():
-                self._state_logits = self._head.state_logits(self.hidden).cpu().numpy()
+            self._state_logits = self._head.state_logits(self.hidden)
         return self._state_logits
 
     def action_logits(self, actions: NDArray[Any] | None = None) -> Floats:
@@ -55,15 +53,10 @@ class Reading:
         :param actions: (n, *action_shape); (n, m, *action_shape) for m candidates each; None for all of a discrete space
         :return: (n, n_columns) or (n, m, n_columns)
         """
-        head = self._head
-        assert head.action_encoder is not None
-        with torch.no_grad():
-            if actions is None:
-                space = self._policy.action_space
-                all_actions = torch.arange(space.start, space.start + space.n, device=self.hidden.device)
-                return head.action_logits(self.hidden, all_actions.expand(len(self), -1)).cpu().numpy()
-            given = torch.as_tensor(np.array(actions), device=self.hidden.device)
-            return head.action_logits(self.hidden, given).cpu().numpy()
+        if actions is None:
+            space = self._policy.action_space
+            actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
+        return self._head.action_logits(self.hidden, actions)
 
     def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
         """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""
@@ -96,7 +89,7 @@ class Reading:
         """The policy's log-probability of candidates (n, m, *action_shape): (n, m)."""
         with torch.no_grad():
             distribution = self.distribution()
-            columns = [torch.as_tensor(actions[:, j], device=self.hidden.device) for j in range(actions.shape[1])]
+            columns = [torch.as_tensor(actions[:, j], device=self._policy.device) for j in range(actions.shape[1])]
             return np.stack([distribution.log_prob(column).cpu().numpy() for column in columns], axis=1)
 
     def _for_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
@@ -129,10 +122,11 @@ class QuestionAnswerer:
         self._texts: list[tuple[re.Pattern[str], Instance]] = []
         for instance in self.catalogue.instances.values():
             pattern = re.escape(instance.text).replace(re.escape("{action}"), "(?P<action>.+?)", 1)
-            self._texts.append((re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance))
-        head = list(policy.qa_head.parameters())
+            self._texts.append(
+                (re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance)
+            )
         agent = list(policy.parameters())
-        self._watched = [agent[0], agent[-1], head[-1]]
+        self._watched = [agent[0], agent[-1], policy.qa_head.flat]
         self._last: tuple[Any, int, Reading] | None = None
 
     @classmethod
@@ -150,7 +144,9 @@ class QuestionAnswerer:
         return cls(model.policy, _names_in(model.get_env()), normalize is not None and normalize.norm_obs)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu", classes: Iterable[type] = ()) -> QuestionAnswerer:
+    def load(
+        cls, path: str | PathLike[str], device: str | torch.device = "cpu", classes: Iterable[type] = ()
+    ) -> QuestionAnswerer:
         """A frozen answerer from a file written by :meth:`save`. It needs no model and runs no code from the file.
 
         :param classes: policies and features extractors of your own that the answerer was saved with
@@ -194,7 +190,9 @@ class QuestionAnswerer:
         """
         instance, named = self._understand(question)
         if named is not None and action is not None:
-            raise QAError(f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one")
+            raise QAError(
+                f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one"
+            )
         tensor, batched = self._to_tensor(obs)
         reading = self._read_tensor(tensor)
         actions = self._actions(instance, named if named is not None else action, len(reading))
@@ -228,6 +226,8 @@ class QuestionAnswerer:
                 self.policy.set_training_mode(True)
 
     def _to_tensor(self, obs: Any) -> tuple[Any, bool]:
+        if isinstance(obs, np.ndarray) and obs.ndim > 1 and obs.shape[1:] == self.policy.observation_space.shape:
+            return torch.as_tensor(obs, device=self.policy.device), True  # a batch as it should be: nothing to find out
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched
@@ -255,7 +255,9 @@ class QuestionAnswerer:
         space = self.policy.action_space
         if not instance.per_action:
             if action is not None:
-                raise QAError(f"{instance.key!r} is not about an action but action={action!r} was given; expected none; leave it out")
+                raise QAError(
+                    f"{instance.key!r} is not about an action but action={action!r} was given; expected none; leave it out"
+                )
             return None
         if action is None:
             if isinstance(space, spaces.Discrete):
@@ -273,18 +275,24 @@ class QuestionAnswerer:
         if actions.shape == shape:
             actions = np.broadcast_to(actions, (n, *shape))
         if actions.shape != (n, *shape):
-            raise QAError(f"action= got the shape {actions.shape}; expected {(n, *shape)} or {shape}; give one action for each observation")
+            raise QAError(
+                f"action= got the shape {actions.shape}; expected {(n, *shape)} or {shape}; give one action for each observation"
+            )
         if isinstance(space, spaces.Discrete):
             low, high = int(space.start), int(space.start + space.n)
             if actions.dtype.kind not in "iu" or actions.min(initial=low) < low or actions.max(initial=low) >= high:
-                raise QAError(f"action= got {action!r}; expected whole numbers from {low} to {high - 1}; or a name in {self.action_names}")
+                raise QAError(
+                    f"action= got {action!r}; expected whole numbers from {low} to {high - 1}; or a name in {self.action_names}"
+                )
         return actions
 
     def _index_of(self, name: str) -> int:
         for index, known in enumerate(self.action_names or []):
             if known.lower() == name.lower():
                 return index + int(self.policy.action_space.start)
-        raise QAError(f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names")
+        raise QAError(
+            f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names"
+        )
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -309,10 +317,8 @@ def _names_in(env: Any) -> list[str] | None:
     ):
         try:
             names = [str(name) for name in names_of(env.get_attr(attribute, 0)[0])]
-        except Exception:  # noqa: S112 - an environment without such an attribute, or with another thing under its name
+        except Exception:
             continue
         if len(names) == n and len(set(names)) == n:
             return names
     return None
-
-

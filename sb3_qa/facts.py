@@ -23,6 +23,7 @@ class _Signal:
         self.question = target.question
         self.fact = target.question.truth.fact
         self.answer = YesNo() if target.question.truth.is_event else target.question.answer
+        self._is_bool = isinstance(self.answer, YesNo)
         self.seen = False
         self.key: str | None = None
         self.call: Callable[[Step], Any] | None = None
@@ -32,36 +33,43 @@ class _Signal:
             slots = {name: value for name, value in target.slots.items() if name in _keywords(self.fact)}
             self.call = (lambda step, fact=self.fact, slots=slots: fact(step, **slots)) if slots else self.fact
         self.identity = (self.key or (id(self.fact), tuple(sorted(map(repr, target.slots.items())))), self.answer)
-        self._index = {option: n for n, option in enumerate(self.answer.options)} if isinstance(self.answer, Choice) else {}
+        self._index = (
+            {option: n for n, option in enumerate(self.answer.options)} if isinstance(self.answer, Choice) else {}
+        )
 
     def read(self, step: Step) -> float:
-        if self.key is not None:
-            value = step.info.get(self.key)
-        else:
-            assert self.call is not None
-            try:
-                value = self.call(step)
-            except KeyError:  # as an absent info key
-                return float("nan")
-            except Exception as error:
-                if step.action is None:  # a reset has no action and perhaps no info: the fact is not known there
-                    return float("nan")
-                raise QAError(
-                    f"the fact of question {self.question.name!r} raised {type(error).__name__}: {error}; expected a value "
-                    f"for every step; mend the callable (info had {sorted(step.info)})"
-                ) from error
-        if value is None:
+        """The value of a callable fact."""
+        assert self.call is not None
+        try:
+            value = self.call(step)
+        except KeyError:  # as an absent info key
             return float("nan")
-        self.seen = True
-        return self._convert(value)
+        except Exception as error:
+            if step.action is None:  # a reset has no action and perhaps no info: the fact is not known there
+                return float("nan")
+            raise QAError(
+                f"the fact of question {self.question.name!r} raised {type(error).__name__}: {error}; expected a value "
+                f"for every step; mend the callable (info had {sorted(step.info)})"
+            ) from error
+        return self.convert([value])[0]
+
+    def convert(self, values: list[Any]) -> list[float]:
+        """Values of a fact as floats; None, where it is absent, as nan."""
+        if self._is_bool and all(value is True or value is False for value in values):  # the common case
+            self.seen = True
+            return values
+        return [float("nan") if value is None else self._convert(value) for value in values]
 
     def _convert(self, value: Any) -> float:
+        self.seen = True
         if isinstance(self.answer, Choice):
             index = self._index.get(value.item() if isinstance(value, np.generic) else value)
             if index is None and isinstance(value, (int, np.integer)) and 0 <= value < len(self.answer.options):
                 index = int(value)
             if index is None:
-                self._refuse(value, f"one of the options {self.answer.options} or an index", "add the option or mend the fact")
+                self._refuse(
+                    value, f"one of the options {self.answer.options} or an index", "add the option or mend the fact"
+                )
             return float(index)  # type: ignore[arg-type]
         try:
             number = float(value)
@@ -94,16 +102,25 @@ class FactReader:
                 columns[signal.identity] = len(self._signals)
                 self._signals.append(signal)
             self.column.append(columns[signal.identity])
-        self.needs_obs = any(signal.call is not None for signal in self._signals)
-        self._keys = [signal.key for signal in self._signals]
+        self.needs_steps = any(signal.call is not None for signal in self._signals)
         self.n_facts = len(self._signals)
 
-    def read(self, steps: Sequence[Step]) -> NDArray[np.float32]:
+    def read(self, infos: Sequence[Mapping[str, Any]], steps: Sequence[Step] | None = None) -> NDArray[np.float32]:
         """Facts of one step of every environment.
 
+        :param infos: of each environment
+        :param steps: of each environment, where :attr:`needs_steps`
         :return: (n_envs, n_facts), nan where a fact is not known
         """
-        return np.array([[signal.read(step) for signal in self._signals] for step in steps], np.float32)
+        columns = []
+        for signal in self._signals:
+            if signal.key is None:
+                assert steps is not None
+                columns.append([signal.read(step) for step in steps])
+            else:
+                key = signal.key
+                columns.append(signal.convert([info.get(key) for info in infos]))
+        return np.array(columns, np.float32).T
 
     def check_seen(self, info: Mapping[str, Any]) -> None:
         """Refuse to go on when a fact has not been there once since the start.

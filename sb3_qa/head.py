@@ -1,9 +1,15 @@
-"""The answering head: latents of the agent in, logits of every question out."""
+"""The answering head: latents of the agent in, logits of every question out.
+
+The head is small, and on small matrices the overhead of an operation counts more than its arithmetic; numpy's is a
+fraction of torch's. So all weights live in one flat parameter (one tensor for the optimiser), answers are computed with
+numpy, and the gradient of the loss in closed form, with numpy on the CPU and the same lines with torch elsewhere.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,20 +18,36 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
-from sb3_qa.encoders import ActionEncoder, make_encoder
+from sb3_qa.encoders import ActionFeatures, initial_rows
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Instance, Number
 
-__all__ = ["QAHead", "decode", "survival"]
+__all__ = ["QAHead", "Weights", "decode", "survival"]
 
 Floats = NDArray[np.float32]
+Array = Any  # a numpy array or a torch tensor
+
+
+class Weights(NamedTuple):
+    """The head's weights: views into its flat parameter, or their gradients."""
+
+    rows: Array
+    """(n_logits, width)"""
+    bias: Array
+    """(n_logits,)"""
+    action: Array
+    """(n_action_features, width)"""
+    layers: list[tuple[Array, Array]]
+    """(n_out, n_in) and (n_out,) of each of the head's own layers."""
 
 
 class QAHead(nn.Module):
     """Reads the agent's latents and answers; its own few units, and for questions about actions the action added in.
 
     ``hidden`` is what the head makes of the latents before its last non-linearity; a question about the state reads
-    tanh(hidden), one about an action reads tanh(hidden + W a), so that what an action does may depend on the state.
+    tanh(hidden), one about an action reads tanh(hidden + features(a) A), so that what an action does may depend on the
+    state. Logits are scaled by 1/sqrt(width), so that a step of the optimiser moves an answer by as much whatever the
+    width (arXiv 2011.14522).
 
     :param catalogue: the questions
     :param latent_dim: width of the latents (of all readouts together)
@@ -45,69 +67,195 @@ class QAHead(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         self.catalogue = catalogue
         self.latent_dim = latent_dim
         self.n_state = catalogue.n_state_logits
         self.n_logits = catalogue.n_logits
-        widths = [latent_dim, *net_arch]
-        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in zip(widths, widths[1:], strict=False))
-        self.encoder = make_encoder(encoder, catalogue, widths[-1], generator)
-        self.action_encoder: ActionEncoder | None = None
+        self.action_features: ActionFeatures | None = None
         if self.n_state < self.n_logits:
             if not net_arch:
                 raise QAError(
                     "qa_net_arch=[] got questions about {action}; expected at least one layer, where state and action meet; "
                     "give e.g. qa_net_arch=[64]"
                 )
-            self.action_encoder = ActionEncoder(action_space, widths[-1], generator)
+            self.action_features = ActionFeatures(action_space)
+        widths = [latent_dim, *net_arch]
+        self.width = widths[-1]
+        self.scale = 1.0 / math.sqrt(self.width)
         self.blocks = _blocks(catalogue)
+        n_features = self.action_features.n_features if self.action_features else 0
+        self._shapes: list[tuple[int, ...]] = [(self.n_logits, self.width), (self.n_logits,), (n_features, self.width)]
+        for n_in, n_out in zip(widths, widths[1:], strict=False):
+            self._shapes += [(n_out, n_in), (n_out,)]
+        generator = torch.Generator().manual_seed(seed)
+        rows, bias = initial_rows(encoder, catalogue, self.width, generator)
+        parts = [rows, bias, torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0)]
+        for shape in self._shapes[3:]:
+            weight = (
+                torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
+                if len(shape) == 2
+                else torch.zeros(shape)
+            )
+            parts.append(weight)
+        self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
+        self._copy: tuple[int, Floats] | None = None
 
-    def hidden(self, latents: torch.Tensor) -> torch.Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copy": None}
+
+    def weights(self, flat: Array) -> Weights:
+        """The weights in a flat array, as views."""
+        views, start = [], 0
+        for shape in self._shapes:
+            stop = start + math.prod(shape)
+            views.append(flat[start:stop].reshape(shape))
+            start = stop
+        return Weights(*views[:3], list(zip(views[3::2], views[4::2], strict=True)))
+
+    def _numpy(self) -> Weights:
+        """The weights for answering: a view on the CPU, a copy that is kept until they change elsewhere."""
+        flat = self.flat.detach()
+        if flat.device.type == "cpu":
+            return self.weights(flat.numpy())
+        if self._copy is None or self._copy[0] != self.flat._version:
+            self._copy = (self.flat._version, flat.cpu().numpy())
+        return self.weights(self._copy[1])
+
+    def hidden(self, latents: Floats) -> Floats:
         """(n, latent_dim) -> (n, width), before the last non-linearity."""
-        for n, layer in enumerate(self.layers):
-            latents = layer(torch.tanh(latents) if n else latents)
+        for n, (weight, bias) in enumerate(self._numpy().layers):
+            latents = (np.tanh(latents) if n else latents) @ weight.T + bias
         return latents
 
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last non-linearity; none where the head reads the latents themselves."""
-        return torch.tanh(hidden) if len(self.layers) else hidden
-
-    def state_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def state_logits(self, hidden: Floats) -> Floats:
         """(n, width) -> (n, n_state)."""
-        weight, bias = self.encoder()
-        return nn.functional.linear(self.activate(hidden), weight[: self.n_state], bias[: self.n_state])
+        weights = self._numpy()
+        x = np.tanh(hidden) if weights.layers else hidden
+        return x @ (self.scale * weights.rows[: self.n_state].T) + weights.bias[: self.n_state]
 
-    def action_logits(self, hidden: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def action_logits(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
         """Logits of the questions about actions.
 
         :param hidden: (n, width)
         :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
-        assert self.action_encoder is not None
-        weight, bias = self.encoder()
-        added = self.action_encoder(actions)
-        if added.dim() == 3:
-            hidden = hidden[:, None]
-        return nn.functional.linear(torch.tanh(hidden + added), weight[self.n_state :], bias[self.n_state :])
+        assert self.action_features is not None
+        weights = self._numpy()
+        added = self.action_features(actions) @ weights.action
+        x = np.tanh((hidden[:, None] if added.ndim == 3 else hidden) + added)
+        return x @ (self.scale * weights.rows[self.n_state :].T) + weights.bias[self.n_state :]
 
-    def forward(self, latents: torch.Tensor, actions: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of all questions, (n, n_logits): about the states and about the actions executed in them."""
-        hidden = self.hidden(latents)
-        if self.action_encoder is None:
-            return self.state_logits(hidden)
-        assert actions is not None
-        about_action = self.action_logits(hidden, actions)
-        return torch.cat([self.state_logits(hidden), about_action], dim=1) if self.n_state else about_action
+    def forward(self, latents: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of all questions, (n, n_logits), about states and about the actions taken in them; differentiable.
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        The plain statement of what the head computes; training takes :meth:`gradients` and answering numpy.
+
+        :param latents: (n, latent_dim)
+        :param features: (n, n_action_features) of the actions
+        """
+        weights = self.weights(self.flat)
+        hidden = latents
+        for n, (weight, bias) in enumerate(weights.layers):
+            hidden = nn.functional.linear(torch.tanh(hidden) if n else hidden, weight, bias)
+        x = torch.tanh(hidden) if weights.layers else hidden
+        x_action = x if features is None else torch.tanh(hidden + features @ weights.action)
+        state, action = weights.rows[: self.n_state], weights.rows[self.n_state :]
+        return torch.cat([x @ state.T, x_action @ action.T], dim=1) * self.scale + weights.bias
+
+    def gradients(self, latents: torch.Tensor, features: Array | None, y: Array, weight: Array) -> Gradients:
+        """Forward and backward through the head in closed form.
+
+        The gradient of each cell's weighted cross-entropy is ``weight * (probability - y)``; the rest is the chain rule.
+
+        :param latents: (n, latent_dim)
+        :param features: (n, n_action_features) of the actions, numpy
+        :param y: (n, n_logits), targets of the cells, numpy
+        :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
+        """
+        flat, z = self.flat.detach(), latents.detach()
+        if flat.device.type == "cpu":
+            return self._gradients(np, flat.numpy(), z.numpy(), features, y, weight)
+        to = flat.device
+        moved = [None if x is None else torch.as_tensor(x, device=to) for x in (features, y, weight)]
+        return self._gradients(torch, flat, z, *moved)
+
+    def _gradients(self, xp: Any, flat: Array, z: Array, features: Array, y: Array, weight: Array) -> Gradients:
+        w = self.weights(flat)
+        d_flat = xp.empty_like(flat)
+        d = self.weights(d_flat)
+        n_state, n = self.n_state, len(z)
+        inputs, hidden = [z], z  # inputs of each layer
+        for k, (layer, bias) in enumerate(w.layers):
+            if k:
+                inputs.append(xp.tanh(hidden))
+            hidden = inputs[-1] @ layer.T
+            hidden += bias
+        # States in the upper half, actions in the lower one, where there are both: each operation serves the two.
+        if features is None:
+            x = xp.tanh(hidden) if w.layers else hidden
+            halves = [(slice(0, n), slice(0, n_state))]
+        elif not n_state:
+            x = xp.tanh(hidden + features @ w.action)
+            halves = [(slice(0, n), slice(0, self.n_logits))]
+        else:
+            x = xp.tanh(xp.concatenate([hidden, hidden + features @ w.action]))
+            halves = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
+        logits = xp.empty_like(y)
+        for rows, columns in halves:
+            xp.matmul(x[rows], w.rows[columns].T, out=logits[:, columns])
+        logits *= self.scale
+        logits += w.bias
+        d_logits = self.probabilities(xp, logits)
+        d_logits -= y
+        d_logits *= weight
+        d.bias[:] = d_logits.sum(0)
+        d_logits *= self.scale
+        d_x = xp.empty_like(x)
+        for rows, columns in halves:
+            xp.matmul(d_logits[:, columns].T, x[rows], out=d.rows[columns])
+            xp.matmul(d_logits[:, columns], w.rows[columns], out=d_x[rows])
+        if w.layers:
+            d_x -= d_x * x * x  # of tanh: 1 - tanh^2
+        d_hidden = d_x[:n]
+        if features is not None:
+            d_action = d_x[-n:]
+            xp.matmul(features.T, d_action, out=d.action)
+            if n_state:
+                d_hidden = d_hidden + d_action
+        for k in range(len(w.layers) - 1, -1, -1):
+            xp.matmul(d_hidden.T, inputs[k], out=d.layers[k][0])
+            d.layers[k][1][:] = d_hidden.sum(0)
+            d_hidden = d_hidden @ w.layers[k][0]
+            if k:
+                d_hidden -= d_hidden * inputs[k] * inputs[k]
+        return Gradients(logits, d_hidden, d_flat)
+
+    def probabilities(self, xp: Any, logits: Array) -> Array:
         """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""
-        parts = []
+        out = xp.empty_like(logits)
         for start, stop, width in self.blocks:
             block = logits[:, start:stop]
-            parts.append(torch.sigmoid(block) if width == 1 else block.unflatten(1, (-1, width)).softmax(-1).flatten(1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if width == 1:
+                out[:, start:stop] = xp.tanh(block * 0.5)  # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
+                out[:, start:stop] *= 0.5
+                out[:, start:stop] += 0.5
+            else:
+                block = block.reshape(len(block), -1, width)
+                block = xp.exp(block - xp.amax(block, -1)[..., None])
+                out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(block), -1)
+        return out
+
+
+class Gradients(NamedTuple):
+    """What :meth:`QAHead.gradients` gives: numpy arrays on the CPU, tensors elsewhere."""
+
+    logits: Array
+    """(n, n_logits)"""
+    latents: Array
+    """(n, latent_dim)"""
+    flat: Array
+    """as :attr:`QAHead.flat`"""
 
 
 def decode(instance: Instance, logits: Floats) -> Answer:
@@ -148,14 +296,6 @@ def survival(hazard_logits: Floats) -> Floats:
 def _softmax(logits: Floats) -> Floats:
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
-
-
-def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(n_out, n_in, generator=generator) / math.sqrt(n_in))
-        layer.bias.zero_()
-    return layer
 
 
 def _blocks(catalogue: Catalogue) -> list[tuple[int, int, int]]:

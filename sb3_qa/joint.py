@@ -1,74 +1,63 @@
 """Joint training without touching the algorithm: the question loss rides on the algorithm's own backward pass.
 
 :func:`attach` is the identity on one of the network's outputs. In backward it also sends the gradient of the question
-loss into the answers, from where it flows through head and trunk with the agent's own: one forward, one backward, one
-``optimizer.step()``. (Mixture-of-experts models attach their load-balancing losses by the same device.)
+loss into the head's weights, and into the latents, from where it flows through the trunk with the agent's own: one
+forward, one backward, one ``optimizer.step()``. (Mixture-of-experts models attach their load-balancing losses by the same device.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
 
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.labels import LabelStore
 
-__all__ = ["JointTraining", "attach", "question_losses", "scale_gradient"]
+__all__ = ["JointTraining", "attach", "question_losses"]
 
 Floats = NDArray[np.float32]
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, answers: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(
+        ctx: Any, output: torch.Tensor, gradients: Sequence[torch.Tensor | None], *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return grad_outputs[0], gradient, None
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
+        return grad_output, None, *ctx.gradients
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, None]:
-        return grad_outputs[0] * ctx.scale, None
-
-
-def attach(output: torch.Tensor, answers: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return ``output`` unchanged; whoever calls backward on it also sends ``gradient`` into ``answers``.
+def attach(
+    output: torch.Tensor, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """Return ``output`` unchanged; a backward pass that goes through it also sends each gradient into its part.
 
     :param output: any tensor that the algorithm's loss depends on
-    :param answers: (n, n_logits), part of a graph
-    :param gradient: (n, n_logits), of the question loss with respect to ``answers``
+    :param parts: tensors of a graph, or parameters
+    :param gradients: one for each part, of its shape; None for none
     """
-    return _Attach.apply(output, answers, gradient)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def scale_gradient(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """The identity, whose gradient is scaled."""
-    return _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call, no-any-return]
+    return _Attach.apply(output, gradients, *parts)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats of each target, averaged over the transitions: (n_targets,).
 
-    Differentiable; the training itself uses the closed form of its gradient, ``weight * (probability - y) / n``.
+    Differentiable; the training itself uses the closed form of its gradient, :meth:`QAHead.gradients`.
 
     :param logits: (n, n_logits)
-    :param y: (n, n_logits) targets of the cells
-    :param weight: (n, n_logits) weights of the cells, 0 where the truth is not known
+    :param y: (n, n_logits), targets of the cells
+    :param weight: (n, n_logits), weights of the cells, 0 where the truth is not known
     """
     cells = []
     for start, stop, width in head.blocks:
@@ -93,11 +82,11 @@ class JointTraining:
     g * min(1, c/(|g| + c)), so the agent never loses more than half of its step, whatever the questions, their number
     or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on one minibatch in
     ``MEASURE_EVERY`` (on the first always); in between it is taken to be proportional to the norm of the loss's
-    gradient with respect to the answers. Without clipping, the gradient is exactly that of the sum of the losses.
+    gradient with respect to the latents. Without clipping, the gradient is exactly that of the sum of the losses.
     """
 
     MEASURE_EVERY = 32
-    LOG_EVERY = 16
+    LOG_EVERY = 64
 
     def __init__(self, coef: float, trunk_gradient: float) -> None:
         self.coef = coef
@@ -108,7 +97,7 @@ class JointTraining:
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
-        self._amplification = 0.0  # norm in the agent's parameters / norm at the answers, as last measured
+        self._amplification = 0.0  # norm in the agent's parameters / norm at the latents, as last measured
         self._measured_norm = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointTraining:
@@ -128,7 +117,11 @@ class JointTraining:
         return self._pending is not None
 
     def join(
-        self, output: torch.Tensor, latents: torch.Tensor, head: QAHead, agent_parameters: Callable[[], Iterable[torch.Tensor]]
+        self,
+        output: torch.Tensor,
+        latents: torch.Tensor,
+        head: QAHead,
+        agent_parameters: Callable[[], Iterable[torch.Tensor]],
     ) -> torch.Tensor:
         """Attach the question loss of the pending rows to ``output``.
 
@@ -143,46 +136,33 @@ class JointTraining:
                 f"the buffer handed out {len(rows)} transitions but the network was run on {len(latents)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
-        y, weight = (torch.as_tensor(x, device=latents.device) for x in self.store.dense(rows))
-        actions = None
-        if head.action_encoder is not None:
-            actions = torch.as_tensor(self.store.actions[rows], device=latents.device)
-        read = latents.detach() if self.trunk_gradient == 0.0 else latents
-        answers, gradient = self._answers(read, head, actions, y, weight)
-        if self.max_grad_norm is not None and self.trunk_gradient:
-            scale = self._clip(answers, gradient, agent_parameters)
-            if scale is not None:
-                answers, gradient = self._answers(scale_gradient(read, scale), head, actions, y, weight)
+        y, weight = self.store.dense(rows)
+        mean = 1.0 / (len(rows) * len(head.catalogue.targets))
+        weight *= np.float32(self.coef * mean)
+        features = None if self.store.features is None else self.store.features[rows]
+        logits, d_latents, d_flat = (torch.as_tensor(x) for x in head.gradients(latents, features, y, weight))
         if self.n_passes % self.LOG_EVERY == 0:
-            with torch.no_grad():
-                self.losses.append(question_losses(head, answers, y, weight))
+            y, weight = torch.as_tensor(y), torch.as_tensor(weight) / (self.coef * mean)
+            self.losses.append(question_losses(head, logits.cpu(), y, weight))
+        share = self.trunk_gradient
+        if share and self.max_grad_norm is not None:
+            share *= self._clip(latents, d_latents * share, agent_parameters)
         self.n_passes += 1
-        return attach(output, answers, gradient)
-
-    def _answers(
-        self, read: torch.Tensor, head: QAHead, actions: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.trunk_gradient not in (0.0, 1.0):
-            read = scale_gradient(read, self.trunk_gradient)
-        answers = head(read, actions)
-        with torch.no_grad():
-            gradient = (head.probabilities(answers) - y).mul_(weight)
-            gradient *= self.coef / (len(read) * len(head.catalogue.targets))
-        return answers, gradient
+        d_trunk = None if share == 0.0 else d_latents if share == 1.0 else d_latents * share
+        return attach(output, [latents, head.flat], [d_trunk, d_flat])
 
     def _clip(
-        self,
-        answers: torch.Tensor,
-        gradient: torch.Tensor,
-        parameters: Callable[[], Iterable[torch.Tensor]],
-    ) -> torch.Tensor | None:
-        """By how much to scale what goes into the agent's parameters; None for not at all."""
+        self, latents: torch.Tensor, gradient: torch.Tensor, parameters: Callable[[], Iterable[torch.Tensor]]
+    ) -> float:
+        """By how much to scale what goes into the agent's parameters, so that its norm there is ``max_grad_norm`` at most."""
         assert self.max_grad_norm is not None
         if self.n_passes % self.MEASURE_EVERY == 0:
-            grads = torch.autograd.grad(answers, list(parameters()), gradient, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(latents, list(parameters()), gradient, retain_graph=True, allow_unused=True)
             self._measured_norm = float(torch.stack([g.norm() for g in grads if g is not None]).norm())
             self._amplification = self._measured_norm / max(float(gradient.norm()), 1e-30)
+            norm = self._measured_norm
         elif self._measured_norm < self.max_grad_norm / 4:
-            return None
-        norm = gradient.norm() * self._amplification
-        return torch.clamp(self.max_grad_norm / norm, max=1.0) if float(norm) > self.max_grad_norm else None
+            return 1.0
+        else:
+            norm = float(gradient.norm()) * self._amplification
+        return min(1.0, self.max_grad_norm / max(norm, 1e-30))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sb3_qa.questions import Number, Target
 
-__all__ = ["Cuts", "EventTimes", "LabelStore", "event_times", "find_cuts", "window", "window_after"]
+__all__ = ["Cuts", "EventTimes", "LabelStore", "event_times", "find_cuts", "window", "window_after", "yes_or_no"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -99,7 +99,9 @@ def window_after(fact: Floats, terminated: Bools, truncated: Bools, steps: int, 
     return out
 
 
-def window(operator: str, fact: Floats, terminated: Bools, truncated: Bools, over: int, discount: float = 1.0) -> Floats:
+def window(
+    operator: str, fact: Floats, terminated: Bools, truncated: Bools, over: int, discount: float = 1.0
+) -> Floats:
     """``total``, ``peak`` or ``lowest`` of f(s_{t+1}) .. f(s_{t+k}), up to a termination; nan where it is not known.
 
     :param fact: (n_steps, n_envs), f(s_{t+1})
@@ -123,6 +125,11 @@ def window(operator: str, fact: Floats, terminated: Bools, truncated: Bools, ove
     return out.astype(np.float32)
 
 
+def yes_or_no(value: Floats) -> EventTimes:
+    """A yes/no's truth (1, 0 or nan) as the event of a single step."""
+    return EventTimes((~np.isnan(value)).astype(np.int32), value == 1.0)
+
+
 def _next_index(flag: Bools) -> NDArray[np.intp]:
     """Index of the first True at or after each row, n_steps where there is none."""
     n_steps = flag.shape[0]
@@ -144,43 +151,55 @@ def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools
 class LabelStore:
     """Labels beside transitions, and the targets of a minibatch made of them.
 
-    An event question costs 8 bytes a transition (the known steps with the event's sign, and the row of the cut), any
-    other 4. Rows are transitions in the order of the agent's own buffer.
+    Events and yes/no questions are learnt alike, as hazards (a yes/no has one): they cost 8 bytes a transition, choices
+    and numbers 4, and the row of the cut 4 for all questions together. Rows are in the order of the agent's buffer.
 
     :param targets: what is learnt, in the order of the head's columns
-    :param events: one :class:`EventTimes` for each ``event`` target, arrays (n_rows,)
-    :param values: (n_rows, n_other_targets), nan where unknown; options as indices
+    :param times: for each ``event`` or ``yesno`` target what is known of it, arrays (n_rows,)
+    :param values: for each ``choice`` or ``number`` target the index of the option or the number (n_rows,), nan where unknown
     :param cut_row: (n_rows,), the cut each row's future runs into, -1 for none
-    :param survival: per event target, (n_cuts, width + 1): probability of no event within 0 .. width steps of the cut
-    :param actions: (n_rows, ...) the action executed
+    :param survival: for each ``event`` target (n_cuts, width + 1): probability of no event within 0 .. width steps of the cut
+    :param features: (n_rows, n_action_features) of the actions executed, None where no question is about actions
     """
+
+    AHEAD = 2**24  # cells that are worked out once for all minibatches, where there are no more than that
 
     def __init__(
         self,
         targets: Sequence[Target],
-        events: Sequence[EventTimes],
-        values: Floats,
+        times: Sequence[EventTimes],
+        values: Sequence[Floats],
         cut_row: Ints,
         survival: Sequence[Floats],
-        actions: NDArray[np.generic],
+        features: Floats | None,
     ) -> None:
         self.targets = list(targets)
         self.n_columns = sum(target.width for target in targets)
-        self.actions = actions
+        self.features = features
         self.cut_row = cut_row
-        self.values = values
-        self._others = [(n, target) for n, target in enumerate(t for t in targets if t.kind != "event")]
-        event_targets = [target for target in targets if target.kind == "event"]
-        self.known = np.stack([times.known for times in events], 1) if events else np.zeros((len(cut_row), 0), np.int32)
-        self.event = np.stack([times.event for times in events], 1) if events else np.zeros((len(cut_row), 0), np.bool_)
-        # Columns of all hazards, and for each the target it belongs to and the step it is about.
-        self._columns = _concatenate([np.arange(t.start, t.stop) for t in event_targets])
-        self._owner = _concatenate([np.full(t.width, n) for n, t in enumerate(event_targets)])
-        self._step = _concatenate([np.arange(1, t.width + 1) for t in event_targets]).astype(np.int32)
-        self._widths = np.array([t.width for t in event_targets], np.int32)
-        # The continuations as one table (n_cuts, sum of width + 1), so that a gather serves all events at once.
-        self._survival = np.concatenate(survival, axis=1) if len(survival) else np.zeros((0, 0), np.float32)
-        self._offset = np.concatenate([[0], np.cumsum(self._widths + 1)[:-1]]).astype(np.int64) if event_targets else self._widths
+        self._timed = [target for target in targets if target.kind in ("event", "yesno")]
+        self._valued = [target for target in targets if target.kind in ("choice", "number")]
+        self.times = {id(target): each for target, each in zip(self._timed, times, strict=True)}
+        self.values = {id(target): each for target, each in zip(self._valued, values, strict=True)}
+        self._known = (
+            np.stack([each.known for each in times], 1) if len(times) else np.zeros((len(cut_row), 0), np.int32)
+        )
+        event = np.stack([each.event for each in times], 1) if len(times) else np.zeros((len(cut_row), 0), np.bool_)
+        self._event_at = np.where(event, self._known, 0)
+        # Every hazard's column, the target it belongs to, and the step it is about.
+        self._columns = _concatenate([np.arange(t.start, t.stop) for t in self._timed])
+        self._owner = _concatenate([np.full(t.width, n) for n, t in enumerate(self._timed)])
+        self._step = _concatenate([np.arange(1, t.width + 1) for t in self._timed]).astype(np.int32)
+        # The continuations in one table, of which each event has width + 1 columns.
+        widths = np.array([t.width for t in self._timed], np.int32)
+        is_event = np.array([t.kind == "event" for t in self._timed], np.bool_)
+        self._table = np.concatenate(list(survival), axis=1) if len(survival) else np.zeros((0, 0), np.float32)
+        self._offset = np.cumsum((widths + 1) * is_event) - (widths + 1)
+        self._open = (~event & is_event & (self._known < widths)) & (cut_row >= 0)[:, None]
+        self._any_open = self._open.any(axis=1)
+        self._ahead: tuple[Floats, Floats] | None = None
+        if len(self) * self.n_columns <= self.AHEAD:
+            self._ahead = self._work_out(np.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.cut_row)
@@ -193,49 +212,50 @@ class LabelStore:
         cross-entropies is then the expected negative log-likelihood of the time of the event.
 
         :param rows: (n,)
-        :return: ``(y, weight)``, both (n, n_columns) float32
+        :return: ``(y, weight)``, both (n, n_columns) float32, for the caller to keep
         """
-        y = np.zeros((len(rows), self.n_columns), np.float32)
-        weight = np.zeros((len(rows), self.n_columns), np.float32)
-        if len(self._columns):
-            y_event, w_event = self._dense_events(rows)
-            if len(self._columns) == self.n_columns:
-                return y_event, w_event
-            y[:, self._columns], weight[:, self._columns] = y_event, w_event
-        for n, target in self._others:
-            _dense_value(target, self.values[rows, n], y, weight)
-        return y, weight
+        if self._ahead is not None:
+            y, weight = self._ahead
+            return y[rows], weight[rows]
+        return self._work_out(rows)
 
-    def _dense_events(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
-        known = self.known[rows][:, self._owner]
-        event = self.event[rows][:, self._owner]
-        weight = (self._step <= known).astype(np.float32)
-        y = (event & (self._step == known)).astype(np.float32)
-        if len(self._survival):
-            cut = self.cut_row[rows][:, None]
-            beyond = self._step - known  # steps past the cut
-            row, column = np.nonzero((beyond > 0) & ~event & (cut >= 0))
-            ahead = beyond[row, column]
-            base = self._offset[self._owner[column]]
-            at_risk = self._survival[cut[row, 0], base + ahead - 1]
-            survive = self._survival[cut[row, 0], base + ahead]
-            weight[row, column] = at_risk
-            y[row, column] = 1.0 - survive / np.maximum(at_risk, 1e-12)
-        return y, weight
+    def _work_out(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
+        weight = (self._step <= self._known[rows][:, self._owner]).astype(np.float32)
+        y = (self._step == self._event_at[rows][:, self._owner]).astype(np.float32)
+        unfinished = np.flatnonzero(self._any_open[rows])
+        if len(unfinished):
+            self._continue(rows[unfinished], unfinished, y, weight)
+        if not self._valued:
+            return y, weight
+        all_y, all_weight = np.zeros((2, len(rows), self.n_columns), np.float32)
+        all_y[:, self._columns], all_weight[:, self._columns] = y, weight
+        for target in self._valued:
+            _fill_value(target, self.values[id(target)][rows], all_y, all_weight)
+        return all_y, all_weight
+
+    def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:
+        """Go on beyond the cut by the survival curve there."""
+        beyond = self._step - self._known[rows][:, self._owner]
+        row, column = np.nonzero((beyond > 0) & self._open[rows][:, self._owner])
+        place = self._offset[self._owner[column]] + beyond[row, column]
+        cut = self.cut_row[rows[row]]
+        at_risk, survive = self._table[cut, place - 1], self._table[cut, place]
+        weight[at[row], column] = at_risk
+        y[at[row], column] = 1.0 - survive / np.maximum(at_risk, 1e-12)
 
 
-def _dense_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
+def _fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
     known = np.flatnonzero(~np.isnan(value))
     value = value[known]
     weight[known, target.start : target.stop] = 1.0
-    if target.kind == "yesno":
-        y[known, target.start] = value
-    elif target.kind == "choice":
+    if target.kind == "choice":
         y[known, target.start + value.astype(np.intp)] = 1.0
     else:  # two neighbouring atoms whose mean is the value (the projection of C51, arXiv 1707.06887)
         answer = target.question.answer
         assert isinstance(answer, Number)
-        place = (np.clip(value, answer.low, answer.high) - answer.low) * ((target.width - 1) / (answer.high - answer.low))
+        place = (np.clip(value, answer.low, answer.high) - answer.low) * (
+            (target.width - 1) / (answer.high - answer.low)
+        )
         lower = np.minimum(place.astype(np.intp), target.width - 2)
         y[known, target.start + lower] = lower + 1 - place
         y[known, target.start + lower + 1] = place - lower

@@ -46,9 +46,13 @@ class Choice:
 
     def __init__(self, *options: Hashable) -> None:
         if len(options) == 1 and isinstance(options[0], (list, tuple)):
-            raise QAError(f"Choice got one list, {options[0]!r}; expected its options one by one; write Choice(*options)")
+            raise QAError(
+                f"Choice got one list, {options[0]!r}; expected its options one by one; write Choice(*options)"
+            )
         if len(options) < 2 or len(set(options)) != len(options):
-            raise QAError(f"Choice got {options!r}; expected at least two different options; add an option or ask a YesNo()")
+            raise QAError(
+                f"Choice got {options!r}; expected at least two different options; add an option or ask a YesNo()"
+            )
         object.__setattr__(self, "options", tuple(options))
 
 
@@ -120,9 +124,13 @@ class Question:
                 f"{where} got truth={truth!r}; expected an operator of sb3_qa.truth; wrap the fact, e.g. now({truth!r})"
             )
         if answer is YesNo or answer is Choice or answer is Number:
-            raise QAError(f"{where} got the class {answer.__name__}; expected an answer made of it; call it: {answer.__name__}(...)")
+            raise QAError(
+                f"{where} got the class {answer.__name__}; expected an answer made of it; call it: {answer.__name__}(...)"
+            )
         if not isinstance(answer, (YesNo, Choice, Number)):
-            raise QAError(f"{where} got answer={answer!r}; expected YesNo(), Choice(...) or Number(low, high); give one of them")
+            raise QAError(
+                f"{where} got answer={answer!r}; expected YesNo(), Choice(...) or Number(low, high); give one of them"
+            )
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "truth", truth)
         object.__setattr__(self, "name", _check_name(name if name is not None else _slug(text), where))
@@ -188,11 +196,15 @@ class Catalogue:
             raise QAError(f"questions got {questions!r}; expected a list of Question; write questions=[crash, speed]")
         for question in questions:
             if not isinstance(question, Question):
-                raise QAError(f"questions holds {question!r}; expected only Question objects; make it with Question(...)")
+                raise QAError(
+                    f"questions holds {question!r}; expected only Question objects; make it with Question(...)"
+                )
         names = [question.name for question in questions]
         for name in names:
             if names.count(name) > 1:
-                raise QAError(f"questions got the name {name!r} {names.count(name)} times; expected each once; give name=...")
+                raise QAError(
+                    f"questions got the name {name!r} {names.count(name)} times; expected each once; give name=..."
+                )
         self.questions = tuple(questions)
         self.instances: dict[str, Instance] = {i.key: i for question in questions for i in question.instances}
         self.targets: list[Target] = []
@@ -210,11 +222,22 @@ class Catalogue:
         for instances in members.values():
             first = instances[0]
             kind, width = _kind_and_width(first, max(i.horizon or 0 for i in instances))
-            drafts.append((first.per_action, kind in ("choice", "number"), width * (kind in ("choice", "number")), kind, width, instances))
+            drafts.append(
+                (
+                    first.per_action,
+                    kind in ("choice", "number"),
+                    width * (kind in ("choice", "number")),
+                    kind,
+                    width,
+                    instances,
+                )
+            )
         start = 0
         for *_, kind, width, instances in sorted(drafts, key=lambda draft: draft[:3]):
             first = instances[0]
-            target = Target(first.question, first.slots, kind, width, max(i.horizon or 0 for i in instances) or None, start)
+            target = Target(
+                first.question, first.slots, kind, width, max(i.horizon or 0 for i in instances) or None, start
+            )
             self.targets.append(target)
             self.target_of.update({instance.key: target for instance in instances})
             start += width
@@ -226,7 +249,9 @@ class Catalogue:
         """
         if key in self.instances:
             return self.instances[key]
-        raise QAError(f"there is no question {key!r}; expected one of {nearest(key, self.instances)}; ask by an instance's key or its text")
+        raise QAError(
+            f"there is no question {key!r}; expected one of {nearest(key, self.instances)}; ask by an instance's key or its text"
+        )
 
 
 def nearest(word: str, known: Iterable[str], most: int = 6) -> str:
@@ -241,7 +266,9 @@ def _fields(text: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
-        raise QAError(f"the text {text!r} has braces that do not match ({error}); expected {{slot}}; double a literal brace") from None
+        raise QAError(
+            f"the text {text!r} has braces that do not match ({error}); expected {{slot}}; double a literal brace"
+        ) from None
 
 
 def _slug(text: str) -> str:
@@ -261,10 +288,14 @@ def _check_slots(text: str, truth: Truth, slots: Mapping[str, Any], where: str) 
     horizon = truth.horizon
     wanted = [name for name in dict.fromkeys(_fields(text)) if name != Question.ACTION]
     if Question.ACTION in slots:
-        raise QAError(f"{where} got values for the slot 'action'; expected none: it stands for every action; leave it out")
+        raise QAError(
+            f"{where} got values for the slot 'action'; expected none: it stands for every action; leave it out"
+        )
     for name in [*wanted, *([horizon] if isinstance(horizon, str) else [])]:
         if name not in slots:
-            raise QAError(f"{where} uses the slot {name!r} but got values for {sorted(slots) or 'none'}; give {name}=[...]")
+            raise QAError(
+                f"{where} uses the slot {name!r} but got values for {sorted(slots) or 'none'}; give {name}=[...]"
+            )
     checked: dict[str, tuple[Any, ...]] = {}
     for name, values in slots.items():
         if name not in wanted and name != horizon:
@@ -273,7 +304,9 @@ def _check_slots(text: str, truth: Truth, slots: Mapping[str, Any], where: str) 
             )
         values = (values,) if isinstance(values, (str, Real)) else tuple(values)
         if not values or len(set(values)) != len(values):
-            raise QAError(f"{where} got {name}={list(values)!r}; expected at least one value, each once; list them, e.g. {name}=[1, 5]")
+            raise QAError(
+                f"{where} got {name}={list(values)!r}; expected at least one value, each once; list them, e.g. {name}=[1, 5]"
+            )
         if name == horizon:
             values = tuple(check_horizon(value, f"{where}, slot {name!r},") for value in values)
         checked[name] = values
@@ -289,9 +322,13 @@ def _check_answer(truth: Truth, answer: AnswerKind, horizon: int | None, where: 
         if isinstance(answer, YesNo):
             return Number(0, horizon)
         if not isinstance(answer, Number) or answer.low > 1 or answer.high < horizon:
-            raise QAError(f"{where} got answer={answer!r}; expected Number(0, {horizon}) for steps_until(cap={horizon}); leave answer out")
+            raise QAError(
+                f"{where} got answer={answer!r}; expected Number(0, {horizon}) for steps_until(cap={horizon}); leave answer out"
+            )
     if operator in ("total", "peak", "lowest") and not isinstance(answer, Number):
-        raise QAError(f"{where} got answer={answer!r}; expected Number(low, high) for {operator}(); give the range of the fact")
+        raise QAError(
+            f"{where} got answer={answer!r}; expected Number(low, high) for {operator}(); give the range of the fact"
+        )
     return answer
 
 

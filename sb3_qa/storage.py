@@ -43,7 +43,10 @@ _KNOWN: tuple[type, ...] = (
     torch_layers.FlattenExtractor,
     torch_layers.NatureCNN,
     torch_layers.CombinedExtractor,
-    *(getattr(torch.nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU", "Sigmoid", "Softplus", "Mish", "Identity")),
+    *(
+        getattr(torch.nn, name)
+        for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU", "Sigmoid", "Softplus", "Mish", "Identity")
+    ),
 )
 
 
@@ -89,7 +92,9 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
         arguments = {key: _value_from_json(value, known, path) for key, value in description["arguments"].items()}
         base = _lookup(description["policy"], known, path)
         if not issubclass(base, policies.ActorCriticPolicy):
-            raise QAError(f"{os.fspath(path)} names the policy {description['policy']}, which is none; expected one; save it again")
+            raise QAError(
+                f"{os.fspath(path)} names the policy {description['policy']}, which is none; expected one; save it again"
+            )
         with torch.random.fork_rng(devices=[]):
             policy: Any = qa_policy(base)(
                 _space_from_json(description["observation_space"]),
@@ -103,7 +108,9 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
     except QAError:
         raise
     except Exception as error:
-        raise QAError(f"{os.fspath(path)} does not hold together ({type(error).__name__}: {error}); expected what save() wrote; save it again") from error
+        raise QAError(
+            f"{os.fspath(path)} does not hold together ({type(error).__name__}: {error}); expected what save() wrote; save it again"
+        ) from error
     policy.to(device)
     policy.set_training_mode(False)
     for parameter in policy.state_dict(keep_vars=True).values():
@@ -120,18 +127,26 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise QAError(f"{name} cannot be read ({error}); expected a whole file written by QuestionAnswerer.save(); copy or save it again") from error
+        raise QAError(
+            f"{name} cannot be read ({error}); expected a whole file written by QuestionAnswerer.save(); copy or save it again"
+        ) from error
     try:
         description = json.loads(metadata[KEY])
         if description["format"] != FORMAT:
             raise ValueError(description["format"])
     except (KeyError, TypeError, ValueError) as error:
-        raise QAError(f"{name} is a safetensors file but not an answerer's; expected one written by QuestionAnswerer.save()") from error
+        raise QAError(
+            f"{name} is a safetensors file but not an answerer's; expected one written by QuestionAnswerer.save()"
+        ) from error
     if description.get("version") != VERSION:
-        raise QAError(f"{name} has format version {description.get('version')}; expected {VERSION}; install the sb3_qa that wrote it")
+        raise QAError(
+            f"{name} has format version {description.get('version')}; expected {VERSION}; install the sb3_qa that wrote it"
+        )
     digest = description.pop("digest", None)
     if digest != _digest(description, weights):
-        raise QAError(f"{name} is damaged: its content does not match its digest; expected it as save() wrote it; copy or save it again")
+        raise QAError(
+            f"{name} is damaged: its content does not match its digest; expected it as save() wrote it; copy or save it again"
+        )
     return description, weights
 
 
@@ -152,7 +167,14 @@ def _base_of(policy_class: type) -> type:
 def _arguments(policy: Any) -> dict[str, Any]:
     # ActorCriticPolicy leaves share_features_extractor out of what it says it was constructed with.
     given = {**policy._get_constructor_parameters(), "share_features_extractor": policy.share_features_extractor}
-    dropped = {"observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs", *policy.qa_kwargs}
+    dropped = {
+        "observation_space",
+        "action_space",
+        "lr_schedule",
+        "optimizer_class",
+        "optimizer_kwargs",
+        *policy.qa_kwargs,
+    }
     kept = {key: value for key, value in given.items() if key not in dropped and value is not None}
     if not policy.use_sde:
         kept = {key: value for key, value in kept.items() if key not in ("squash_output", "full_std", "use_expln")}
@@ -224,7 +246,12 @@ def _question_from_json(data: dict[str, Any]) -> Question:
 
 def _space_to_json(space: spaces.Space) -> dict[str, Any]:
     if isinstance(space, spaces.Box):
-        return {"box": list(space.shape), "low": _bound(space.low), "high": _bound(space.high), "dtype": str(space.dtype)}
+        return {
+            "box": list(space.shape),
+            "low": _bound(space.low),
+            "high": _bound(space.high),
+            "dtype": str(space.dtype),
+        }
     if isinstance(space, spaces.Discrete):
         return {"discrete": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
@@ -233,13 +260,17 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
         return {"multi_binary": list(space.shape)}
     if isinstance(space, spaces.Dict):
         return {"dict": [[key, _space_to_json(value)] for key, value in space.spaces.items()]}
-    raise QAError(f"the answerer has the space {space}; expected Box, Discrete, MultiDiscrete, MultiBinary or Dict; it cannot be saved")
+    raise QAError(
+        f"the answerer has the space {space}; expected Box, Discrete, MultiDiscrete, MultiBinary or Dict; it cannot be saved"
+    )
 
 
 def _space_from_json(data: dict[str, Any]) -> spaces.Space:
     if "box" in data:
         dtype = np.dtype(data["dtype"])
-        low, high = (np.broadcast_to(np.array(data[b], dtype=object).astype(float), data["box"]) for b in ("low", "high"))
+        low, high = (
+            np.broadcast_to(np.array(data[b], dtype=object).astype(float), data["box"]) for b in ("low", "high")
+        )
         return spaces.Box(low.astype(dtype), high.astype(dtype), tuple(data["box"]), dtype.type)  # type: ignore[arg-type]
     if "discrete" in data:
         return spaces.Discrete(data["discrete"], start=data["start"])

@@ -24,7 +24,14 @@ READOUTS: dict[type[BasePolicy], tuple[str, ...]] = {
 """Names of the readouts of each family of policies, in the order of its class hierarchy."""
 
 # What ActorCriticPolicy computes its latents with; a subclass that replaces any of it is read through its own passes.
-_PASSES = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features", "_build_mlp_extractor")
+_PASSES = (
+    "forward",
+    "evaluate_actions",
+    "get_distribution",
+    "predict_values",
+    "extract_features",
+    "_build_mlp_extractor",
+)
 
 
 class Taps:
@@ -43,7 +50,9 @@ class Taps:
             )
         missing = [name for name in family if not isinstance(getattr(policy, name, None), nn.Module)]
         if missing:
-            raise QAError(f"{type(policy).__name__} has no module {missing[0]!r}; expected the readouts {family}; name its last layers so")
+            raise QAError(
+                f"{type(policy).__name__} has no module {missing[0]!r}; expected the readouts {family}; name its last layers so"
+            )
         self.names = family
         self._direct = all(_is_stock(type(policy), name) for name in _PASSES)
         self.seen: list[torch.Tensor | None] = [None] * len(family)
@@ -90,7 +99,9 @@ class Taps:
             if policy.share_features_extractor:
                 return self.join(list(policy.mlp_extractor(features)))
             pi_features, vf_features = features
-            return self.join([policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)])
+            return self.join(
+                [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
+            )
 
     def _by_passes(self, policy: Any, obs: Any) -> list[torch.Tensor]:
         with _recording(policy, self.names) as seen:
@@ -103,7 +114,9 @@ class Taps:
         training = policy.training
         policy.train(False)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _recording(policy, self.names) as seen:
-            policy.evaluate_actions(_blank(policy.observation_space, policy.device), _blank_action(policy.action_space, policy.device))
+            policy.evaluate_actions(
+                _blank(policy.observation_space, policy.device), _blank_action(policy.action_space, policy.device)
+            )
         policy.train(training)
         unread = [name for name in self.names if name not in seen]
         if unread:

@@ -92,7 +92,9 @@ def steps_until(fact: Fact, *, cap: int | str) -> Truth:
 def total(fact: Fact, *, over: int | str, discount: float = 1.0) -> Truth:
     """Sum over j = 1..k of discount**(j-1) * f(s_{t+j}), up to a termination."""
     if isinstance(discount, bool) or not isinstance(discount, Real) or not 0.0 < discount <= 1.0:
-        raise QAError(f"total() got discount={discount!r}; expected a number in (0, 1]; give discount=0.99 or leave it out")
+        raise QAError(
+            f"total() got discount={discount!r}; expected a number in (0, 1]; give discount=0.99 or leave it out"
+        )
     return _truth("total", fact, over, "over", float(discount))
 
 
@@ -119,7 +121,15 @@ def _truth(operator: str, fact: Fact, horizon: int | str | None = None, word: st
 
 def check_horizon(value: Any, where: str) -> int:
     """Return ``value`` as a whole number of steps, or raise :class:`QAError`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value) or value < 1:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not math.isfinite(value)
+        or value != int(value)
+        or value < 1
+    ):
         kind = "" if isinstance(value, Integral) else ", or the name of a slot"
-        raise QAError(f"{where} got a horizon of {value!r}; expected a whole number of steps, at least 1{kind}; give 1 or more")
+        raise QAError(
+            f"{where} got a horizon of {value!r}; expected a whole number of steps, at least 1{kind}; give 1 or more"
+        )
     return int(value)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa.head import decode
-from sb3_qa.questions import Catalogue, Instance
+from sb3_qa.questions import Catalogue
 
 if TYPE_CHECKING:
     from sb3_qa.answerer import Reading
@@ -30,47 +30,50 @@ class PointValues:
     def __init__(self, catalogue: Catalogue, keys: Sequence[str]) -> None:
         instances = [catalogue.find(key) for key in keys]
         self.keys = list(keys)
-        self.state_columns = [n for n, instance in enumerate(instances) if not instance.per_action]
-        self.action_columns = [n for n, instance in enumerate(instances) if instance.per_action]
-        self._state = _Block(catalogue, [instances[n] for n in self.state_columns], 0)
-        self._action = _Block(catalogue, [instances[n] for n in self.action_columns], catalogue.n_state_logits)
-
-    def of_states(self, reading: Reading) -> Floats:
-        """(n, len(state_columns)): the questions about states, asked of the states read."""
-        return self._state.read(reading.state_logits())
-
-    def of_actions(self, reading: Reading, actions: NDArray[Any] | None = None) -> Floats:
-        """(n, len(action_columns)): the questions about actions, asked of these in the states read.
-
-        For candidates (n, m, *action_shape), or None for all of a discrete space: (n, m, len(action_columns)).
-        """
-        return self._action.read(reading.action_logits(actions))
-
-
-class _Block:
-    def __init__(self, catalogue: Catalogue, instances: Sequence[Instance], offset: int) -> None:
-        # 1 - prod(1 - h) over a run of columns; a plain yes/no is a run of one: 1 - (1 - p).
+        self.n_state = catalogue.n_state_logits
+        self.about_action = np.array([instance.per_action for instance in instances], bool)
+        self.any_state, self.any_action = not self.about_action.all(), bool(self.about_action.any())
+        # Sigmoids: 1 - prod(1 - h) over a run of columns, of which a plain yes/no has one.
         runs, self._rest = [], []
         for column, instance in enumerate(instances):
-            target = catalogue.target_of[instance.key]
-            start = target.start - offset
-            if target.kind == "yesno" or (target.kind == "event" and instance.question.truth.operator != "steps_until"):
-                runs.append((column, start, start + (instance.horizon if target.kind == "event" else 1), instance.question.truth.operator))  # type: ignore[operator]
+            target, operator = catalogue.target_of[instance.key], instance.question.truth.operator
+            if target.kind == "yesno" or (target.kind == "event" and operator != "steps_until"):
+                length = instance.horizon if target.kind == "event" else 1
+                assert length is not None
+                runs.append((column, target.start, target.start + length, operator == "always"))
             else:
-                self._rest.append((column, instance, start, start + target.width))
-        self._n = len(instances)
-        self._columns = [run[0] for run in runs]
-        self._start = [run[1] for run in runs]
-        self._stop = [run[2] for run in runs]
-        self._end = max(self._stop, default=0)
-        self._always = np.array([run[3] == "always" for run in runs], bool)
+                self._rest.append((column, instance, target.start, target.stop))
+        self._columns, self._first, self._last = (np.array([run[n] for run in runs], np.intp) for n in range(3))
+        self._always = np.array([run[3] for run in runs], bool)
 
-    def read(self, logits: Floats) -> Floats:
-        values = np.empty((*logits.shape[:-1], self._n), np.float32)
-        if self._columns:
-            alive = np.zeros((*logits.shape[:-1], self._end + 1))
-            np.cumsum(-np.logaddexp(0.0, logits[..., : self._end], dtype=np.float64), axis=-1, out=alive[..., 1:])
-            survive = np.exp(alive[..., self._stop] - alive[..., self._start])
+    def of_states(self, reading: Reading) -> Floats:
+        """(n, n_keys), when all are about states: asked of the states read."""
+        return self._read(reading.state_logits())
+
+    def of_actions(self, reading: Reading, actions: NDArray[Any] | None = None) -> Floats:
+        """(n, n_keys), when all are about actions: asked of these in the states read.
+
+        For candidates (n, m, *action_shape), or None for all of a discrete space: (n, m, n_keys).
+        """
+        logits = reading.action_logits(actions)
+        blank = np.zeros((*logits.shape[:-1], self.n_state), np.float32)
+        return self._read(np.concatenate([blank, logits], axis=-1))
+
+    def of_step(self, before: Reading, actions: NDArray[Any], after: Reading) -> Floats:
+        """(n, n_keys): about the actions taken in the states before, and about the states after."""
+        if not self.any_action:
+            return self.of_states(after)
+        if not self.any_state:
+            return self.of_actions(before, actions)
+        return self._read(np.concatenate([after.state_logits(), before.action_logits(actions)], axis=-1))
+
+    def _read(self, logits: Floats) -> Floats:
+        values = np.empty((*logits.shape[:-1], len(self.keys)), np.float32)
+        if len(self._columns):
+            # log(1 - sigmoid(x)) = -softplus(x), summed up along all columns: a run is a difference of two sums.
+            alive = np.zeros((*logits.shape[:-1], logits.shape[-1] + 1))
+            np.cumsum(np.logaddexp(0.0, logits), axis=-1, out=alive[..., 1:])
+            survive = np.exp(alive[..., self._first] - alive[..., self._last])
             values[..., self._columns] = np.where(self._always, survive, 1.0 - survive)
         for column, instance, start, stop in self._rest:
             values[..., column] = decode(instance, logits[..., start:stop]).value

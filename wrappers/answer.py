@@ -27,50 +27,40 @@ class AnswerRule(Rule):
         super().__init__(name, qa, unbound)
         self.questions = questions
         self.values: PointValues | None = None
+        self._info_keys: list[str] = []
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
         self.values = qa.values(qa.questions if self.questions is None else list(self.questions))
+        self._info_keys = [f"qa/{key}" for key in self.values.keys]
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
-        assert self.values is not None
-        here = self.here
-        about_action = self.values.of_actions(here, here.preferred()) if self.values.action_columns else None
-        table = self.table(self.values.of_states(here) if self.values.state_columns else None, about_action)
-        return [self.told(row) for row in table[index].tolist()]
+        return self.told(self.at_first()[index])
 
     def arrive(self, actions: NDArray[Any], arrival: Arrival) -> None:
-        table = self.answers(actions, arrival)
-        for info, row in zip(arrival.infos, table.tolist(), strict=True):
-            info.update(self.told(row))
+        for info, told in zip(arrival.infos, self.told(self.answers(actions, arrival)), strict=True):
+            info.update(told)
+
+    def at_first(self) -> NDArray[np.float32]:
+        """Point values (n, n_questions) where nothing has been done yet."""
+        assert self.values is not None
+        here = self.here
+        return self.values.of_step(here, here.preferred() if self.values.any_action else None, here)
 
     def answers(self, actions: NDArray[Any], arrival: Arrival) -> NDArray[np.float32]:
         """Point values (n, n_questions) of a step."""
         assert self.values is not None and self.qa is not None
-        about_action = about_state = None
-        if self.values.action_columns:
-            about_action = self.values.of_actions(self.here, self.executed(actions, arrival.infos))
-        if self.values.state_columns:
-            about_state = self.values.of_states(self.qa.read(arrival.obs))
-            ended = np.flatnonzero(arrival.done)
-            if len(ended):
-                about_state[ended] = self.values.of_states(self.qa.read(arrival.last_obs(ended), keep=False))
-        return self.table(about_state, about_action)
-
-    def table(self, about_state: NDArray[np.float32] | None, about_action: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        """Both kinds of answers in the order of the questions."""
-        assert self.values is not None
-        n = len(about_state if about_state is not None else about_action)  # type: ignore[arg-type]
-        table = np.empty((n, len(self.values.keys)), np.float32)
-        if about_state is not None:
-            table[:, self.values.state_columns] = about_state
-        if about_action is not None:
-            table[:, self.values.action_columns] = about_action
+        values, here = self.values, self.here
+        executed = self.executed(actions, arrival.infos)
+        table = values.of_step(here, executed, self.qa.read(arrival.obs) if values.any_state else here)
+        ended = np.flatnonzero(arrival.done)
+        if len(ended) and values.any_state:
+            last = self.qa.read(arrival.last_obs(ended), keep=False)
+            table[ended] = np.where(values.about_action, table[ended], values.of_step(last, executed[ended], last))
         return table
 
-    def told(self, row: list[float]) -> Info:
-        """One row of the table as info entries."""
-        assert self.values is not None
-        return dict(zip([f"qa/{key}" for key in self.values.keys], row, strict=True))
+    def told(self, table: NDArray[np.float32]) -> list[Info]:
+        """Answers as entries of infos."""
+        return [dict(zip(self._info_keys, row, strict=True)) for row in table.tolist()]
 
 
 class AnswerQuestions(QAWrapper, RecordConstructorArgs):
@@ -96,5 +86,7 @@ class VecAnswerQuestions(VecQAWrapper):
     :param unbound: what to do at a step without an answerer: "error" or "pass"
     """
 
-    def __init__(self, venv: VecEnv, questions: Sequence[str] | None = None, qa: QA = None, unbound: str = "error") -> None:
+    def __init__(
+        self, venv: VecEnv, questions: Sequence[str] | None = None, qa: QA = None, unbound: str = "error"
+    ) -> None:
         super().__init__(venv, AnswerRule("VecAnswerQuestions", questions, qa, unbound), qa)

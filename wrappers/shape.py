@@ -25,7 +25,9 @@ Rewards = Mapping[str, float] | Callable[[dict[str, Floats]], Any]
 """Weights of instances, or a callable of the answers: a dict from instance to point values (n_envs,)."""
 
 
-def potential_shaping(potential_tm1: Floats, potential_t: Floats, terminated: NDArray[np.bool_], gamma: float) -> Floats:
+def potential_shaping(
+    potential_tm1: Floats, potential_t: Floats, terminated: NDArray[np.bool_], gamma: float
+) -> Floats:
     """F = gamma * Phi(s_t) - Phi(s_{t-1}), with Phi = 0 in a terminal state, so that the best policy stays the best.
 
     Sources: Ng, Harada and Russell 1999; for the terminal state Grzes 2017; for a potential that changes while it is
@@ -48,10 +50,14 @@ class ShapeRule(AnswerRule):
             raise QAError(f"{name} got gamma={gamma!r}; expected a number in [0, 1]; give the agent's discount")
         if not callable(rewards):
             if not isinstance(rewards, Mapping) or not rewards:
-                raise QAError(f'{name} got rewards={rewards!r}; expected weights of instances; give e.g. {{"crash[k=5]": -1.0}}')
+                raise QAError(
+                    f'{name} got rewards={rewards!r}; expected weights of instances; give e.g. {{"crash[k=5]": -1.0}}'
+                )
             for key, weight in rewards.items():
                 if isinstance(weight, bool) or not isinstance(weight, Real) or not np.isfinite(weight):
-                    raise QAError(f"{name} got the weight {weight!r} for {key!r}; expected a finite number; give e.g. -1.0")
+                    raise QAError(
+                        f"{name} got the weight {weight!r} for {key!r}; expected a finite number; give e.g. -1.0"
+                    )
         super().__init__(name, None if callable(rewards) else list(rewards), qa, unbound)
         self.rewards = rewards
         self.mode = mode
@@ -65,26 +71,29 @@ class ShapeRule(AnswerRule):
         for key in self.values.keys:
             instance = qa.catalogue.find(key)
             if self.mode == "potential" and instance.per_action and not callable(self.rewards):
-                raise QAError(f'{self.name} got {key!r} in mode="potential"; expected a question about the state; drop {{action}} from it')
+                raise QAError(
+                    f'{self.name} got {key!r} in mode="potential"; expected a question about the state; drop {{action}} from it'
+                )
             if isinstance(instance.question.answer, Choice) and not callable(self.rewards):
-                raise QAError(f"{self.name} got a weight for the choice {key!r}; expected a number; make rewards a callable of the answers")
+                raise QAError(
+                    f"{self.name} got a weight for the choice {key!r}; expected a number; make rewards a callable of the answers"
+                )
         if self.mode == "potential":
             if callable(self.rewards):  # the callable may look at questions about the state only
-                keys = [key for key in self.values.keys if not qa.catalogue.find(key).per_action]
-                self.values = qa.values(keys)
+                self.questions = [key for key in self.values.keys if not qa.catalogue.find(key).per_action]
+                super().on_bind(qa)
             if self.discount is None:
-                raise QAError(f'{self.name} got mode="potential" without gamma; expected the agent\'s discount; give gamma=model.gamma')
+                raise QAError(
+                    f'{self.name} got mode="potential" without gamma; expected the agent\'s discount; give gamma=model.gamma'
+                )
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
-        told = super().begin(index)
+        table = self.at_first()
         if self.mode == "potential":
-            assert self.values is not None
-            if self._potential is None or len(self._potential) != len(self.here):
-                self._potential = np.zeros(len(self.here), np.float32)
-            self._potential[index] = self.weigh(self.values.of_states(self.here))[index]
-        for info in told:
-            info["qa/raw_reward"] = info["qa/shaping_reward"] = 0.0
-        return told
+            if self._potential is None or len(self._potential) != len(table):
+                self._potential = np.zeros(len(table), np.float32)
+            self._potential[index] = self.weigh(table)[index]
+        return [{**told, "qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} for told in self.told(table[index])]
 
     def arrive(self, actions: NDArray[Any], arrival: Arrival) -> None:
         table = self.answers(actions, arrival)
@@ -92,13 +101,12 @@ class ShapeRule(AnswerRule):
         if self.mode == "potential":
             assert self._potential is not None and self.discount is not None
             potential, shaping = shaping, potential_shaping(self._potential, shaping, arrival.terminated, self.discount)
-            self._potential = potential  # of those that ended, `begin` sets the new episode's
+            self._potential = np.array(potential)  # of those that ended, `begin` sets the new episode's
         raw = arrival.rewards
         arrival.rewards = (shaping if self.mode == "replace" else raw + shaping).astype(raw.dtype)
-        for info, row, before, after in zip(arrival.infos, table.tolist(), raw.tolist(), arrival.rewards.tolist(), strict=True):
-            info.update(self.told(row))
-            info.setdefault("qa/raw_reward", before)
-            info["qa/shaping_reward"] = after - info["qa/raw_reward"] if self.mode != "replace" else after
+        for info, told in zip(arrival.infos, self.told(table), strict=True):
+            info.update(told)
+        self.tell_rewards(raw, arrival, None if self.mode != "replace" else shaping)
 
     def weigh(self, table: Floats) -> Floats:
         """The reward (n,) in the answers (n, n_questions)."""
@@ -106,7 +114,9 @@ class ShapeRule(AnswerRule):
         if callable(self.rewards):
             told = np.asarray(self.rewards({key: table[:, n] for n, key in enumerate(self.values.keys)}), np.float32)
             if told.shape not in ((), (len(table),)):
-                raise QAError(f"{self.name}'s rewards callable gave the shape {told.shape}; expected {(len(table),)}; keep the first dimension")
+                raise QAError(
+                    f"{self.name}'s rewards callable gave the shape {told.shape}; expected {(len(table),)}; keep the first dimension"
+                )
             return np.broadcast_to(told, (len(table),))
         return table @ np.array([self.rewards[key] for key in self.values.keys], np.float32)
 

@@ -30,7 +30,12 @@ class Arrival:
     """What one step of a batch of environments brought. Observations are batches (n, ...)."""
 
     def __init__(
-        self, obs: Any, rewards: NDArray[np.float32], done: NDArray[np.bool_], terminated: NDArray[np.bool_], infos: list[Info]
+        self,
+        obs: Any,
+        rewards: NDArray[np.float32],
+        done: NDArray[np.bool_],
+        terminated: NDArray[np.bool_],
+        infos: list[Info],
     ) -> None:
         self.obs = obs
         """Where the agent acts next: the first state of a new episode, if the environment has reset itself."""
@@ -41,8 +46,15 @@ class Arrival:
 
     def last_obs(self, index: NDArray[np.intp]) -> Any:
         """The true last observations of the episodes that ended at ``index``."""
-        rows = [self.infos[i]["terminal_observation"] if "terminal_observation" in self.infos[i] else row(self.obs, i) for i in index]
-        return {key: np.stack([one[key] for one in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+        rows = [
+            self.infos[i]["terminal_observation"] if "terminal_observation" in self.infos[i] else row(self.obs, i)
+            for i in index
+        ]
+        return (
+            {key: np.stack([one[key] for one in rows]) for key in rows[0]}
+            if isinstance(rows[0], dict)
+            else np.stack(rows)
+        )
 
 
 class Rule:
@@ -96,11 +108,19 @@ class Rule:
             )
         return self.qa is not None
 
+    def tell_rewards(self, before: NDArray[Any], arrival: Arrival, replaced: NDArray[Any] | None = None) -> None:
+        """Tell what the environment's own reward was, and what all wrappers so far have added to it (or put in its place)."""
+        for i, info in enumerate(arrival.infos):
+            raw = info.setdefault("qa/raw_reward", float(before[i]))
+            info["qa/shaping_reward"] = float(arrival.rewards[i]) - raw if replaced is None else float(replaced[i])
+
     def executed(self, actions: NDArray[Any], infos: list[Info]) -> NDArray[Any]:
         """The actions that were really executed, should a veto further in have replaced some."""
-        if not any("qa/executed_action" in info for info in infos):
+        if "qa/executed_action" not in infos[0]:
             return actions
-        return np.stack([np.asarray(info.get("qa/executed_action", action)) for info, action in zip(infos, actions, strict=True)])
+        return np.stack(
+            [np.asarray(info.get("qa/executed_action", action)) for info, action in zip(infos, actions, strict=True)]
+        )
 
 
 def as_answerer(qa: QA) -> QuestionAnswerer | None:
@@ -219,7 +239,9 @@ class VecQAWrapper(VecEnvWrapper):
         if not len(index):
             return
         # SB3's own wrappers do not pass reset_infos on: take them from the next wrapper that does.
-        inner = next(env for env in _chain(self.venv) if isinstance(env, VecQAWrapper) or not isinstance(env, VecEnvWrapper))
+        inner = next(
+            env for env in _chain(self.venv) if isinstance(env, VecQAWrapper) or not isinstance(env, VecEnvWrapper)
+        )
         told = self.rule.begin(index) if self.rule.qa is not None else [{}] * len(index)
         for i, more in zip(index, told, strict=True):
             self.reset_infos[i] = {**inner.reset_infos[i], **more}
@@ -308,7 +330,9 @@ def _normalized(name: str, vec_name: str) -> str:
 
 
 def _batch(obs: Any) -> Any:
-    return {key: np.asarray(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+    return (
+        {key: np.asarray(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+    )
 
 
 def row(obs: Any, i: int) -> Any:
@@ -318,4 +342,3 @@ def row(obs: Any, i: int) -> Any:
 
 def _like(action: Any, chosen: Any) -> Any:
     return type(action)(chosen) if isinstance(action, (int, np.integer)) else chosen
-

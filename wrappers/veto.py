@@ -32,7 +32,7 @@ LISTED = 256  # as many combinations of discrete parts are all looked at
 
 
 def is_catastrophe(risk: Floats, threshold: float) -> Bools:
-    """risk >= threshold; a risk that is not finite counts as a catastrophe (fail closed)."""
+    """Risk >= threshold; a risk that is not finite counts as a catastrophe (fail closed)."""
     return ~(risk < threshold)
 
 
@@ -58,15 +58,28 @@ class VetoRule(Rule):
     """Judge the proposed action; replace it when it is judged catastrophic, unless only watching."""
 
     def __init__(
-        self, name: str, question: str, threshold: float, on_veto: OnVeto, shadow: bool, penalty: float, seed: int, qa: QA, unbound: str
+        self,
+        name: str,
+        question: str,
+        threshold: float,
+        on_veto: OnVeto,
+        shadow: bool,
+        penalty: float,
+        seed: int,
+        qa: QA,
+        unbound: str,
     ) -> None:
         super().__init__(name, qa, unbound)
         if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
             raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
         if not (callable(on_veto) or on_veto in ("safest", "policy")):
-            raise QAError(f'{name} got on_veto={on_veto!r}; expected "safest", "policy" or a callable (obs, proposed_action) -> action')
+            raise QAError(
+                f'{name} got on_veto={on_veto!r}; expected "safest", "policy" or a callable (obs, proposed_action) -> action'
+            )
         if isinstance(penalty, bool) or not isinstance(penalty, Real) or not penalty >= 0.0:
-            raise QAError(f"{name} got penalty={penalty!r}; expected a number, at least 0; it is taken from the reward of a vetoed step")
+            raise QAError(
+                f"{name} got penalty={penalty!r}; expected a number, at least 0; it is taken from the reward of a vetoed step"
+            )
         self.question = question
         self.threshold = float(threshold)
         self.on_veto = on_veto
@@ -82,9 +95,13 @@ class VetoRule(Rule):
     def on_bind(self, qa: QuestionAnswerer) -> None:
         instance = qa.catalogue.find(self.question)
         if not isinstance(instance.question.answer, YesNo):
-            raise QAError(f"{self.name} got {self.question!r}, answered by {instance.question.answer}; expected a yes/no question")
+            raise QAError(
+                f"{self.name} got {self.question!r}, answered by {instance.question.answer}; expected a yes/no question"
+            )
         if instance.question.truth.operator == "always":
-            raise QAError(f"{self.name} got {self.question!r}, where yes is good news; expected one where yes is the catastrophe; ask eventually()")
+            raise QAError(
+                f"{self.name} got {self.question!r}, where yes is good news; expected one where yes is the catastrophe; ask eventually()"
+            )
         if not instance.per_action and not callable(self.on_veto):
             raise QAError(
                 f"{self.name} got {self.question!r}, which is not about an action, so no action can be told safer; expected {{action}} in "
@@ -97,7 +114,7 @@ class VetoRule(Rule):
     def risk(self, actions: NDArray[Any] | None) -> Floats:
         """Risk (n,) of actions, or (n, m) of candidates or of all actions."""
         assert self.values is not None
-        if self.values.action_columns:
+        if self.values.any_action:
             return self.values.of_actions(self.here, actions)[..., 0]
         return self.values.of_states(self.here)[:, 0]
 
@@ -119,7 +136,9 @@ class VetoRule(Rule):
         rows = np.flatnonzero(flagged)
         if len(rows) and not self.shadow:
             if callable(self.on_veto):
-                replacement = np.stack([np.asarray(self.on_veto(row(self.obs, i), plain(actions[i])), actions.dtype) for i in rows])
+                replacement = np.stack(
+                    [np.asarray(self.on_veto(row(self.obs, i), plain(actions[i])), actions.dtype) for i in rows]
+                )
             else:
                 candidates = self._spread(self._listed) if self._listed is not None else self._candidates(actions)
                 risk = self.risk(candidates) if risk is None else risk
@@ -151,18 +170,18 @@ class VetoRule(Rule):
         executed = self.executed(actions, arrival.infos)
         rows = zip(arrival.infos, risk.tolist(), flagged.tolist(), vetoed.tolist(), strict=True)
         for i, (info, r, flag, veto) in enumerate(rows):
-            info.update(self._told(r, flag, veto or bool(info.get("qa/vetoed", False)), plain(proposed[i]), plain(executed[i])))
-        if self.penalty and vetoed.any():
+            info.update(
+                self._told(r, flag, veto or bool(info.get("qa/vetoed", False)), plain(proposed[i]), plain(executed[i]))
+            )
+        if self.penalty:
             raw = arrival.rewards
             arrival.rewards = (raw - self.penalty * vetoed).astype(raw.dtype)
-            for info, before, after in zip(arrival.infos, raw.tolist(), arrival.rewards.tolist(), strict=True):
-                info.setdefault("qa/raw_reward", before)
-                info["qa/shaping_reward"] = after - info["qa/raw_reward"]
+            self.tell_rewards(raw, arrival)
 
     @property
     def _about_action(self) -> bool:
         assert self.values is not None
-        return bool(self.values.action_columns)
+        return self.values.any_action
 
     def _told(self, risk: float, flagged: bool, vetoed: bool, proposed: Any, executed: Any) -> Info:
         return {
@@ -196,7 +215,11 @@ class VetoRule(Rule):
     def _complain(self, risk: Floats) -> None:
         if not self._warned and not np.isfinite(risk).any(axis=1).all():
             self._warned = True
-            log.error("%s: the answers to %r are not finite; flagged as catastrophes, and no action can be told safer", self.name, self.question)
+            log.error(
+                "%s: the answers to %r are not finite; flagged as catastrophes, and no action can be told safer",
+                self.name,
+                self.question,
+            )
 
 
 class RandomVetoRule(VetoRule):
@@ -278,7 +301,9 @@ class VecVetoAction(VecQAWrapper):
         qa: QA = None,
         unbound: str = "error",
     ) -> None:
-        super().__init__(venv, VetoRule("VecVetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound), qa)
+        super().__init__(
+            venv, VetoRule("VecVetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound), qa
+        )
 
 
 class VecRandomVeto(VecQAWrapper):
@@ -290,7 +315,9 @@ class VecRandomVeto(VecQAWrapper):
     :param rate: share of steps to veto
     """
 
-    def __init__(self, venv: VecEnv, question: str, rate: float, seed: int = 0, qa: QA = None, unbound: str = "error") -> None:
+    def __init__(
+        self, venv: VecEnv, question: str, rate: float, seed: int = 0, qa: QA = None, unbound: str = "error"
+    ) -> None:
         super().__init__(venv, RandomVetoRule("VecRandomVeto", question, rate, seed, qa, unbound), qa)
 
 
@@ -305,5 +332,3 @@ def _all_actions(space: spaces.Space) -> NDArray[Any] | None:
         n = int(np.prod(space.shape))
         return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).reshape(-1, *space.shape)
     return None
-
-

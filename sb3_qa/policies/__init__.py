@@ -24,7 +24,9 @@ __all__ = ["QACnnPolicy", "QAMlpPolicy", "QAMultiInputPolicy", "QAPolicyMixin", 
 _MADE: dict[type[BasePolicy], type[BasePolicy]] = {}
 
 
-def qa_policy(algorithm_or_policy_class: type[BaseAlgorithm] | type[BasePolicy], base: str = "MlpPolicy") -> type[BasePolicy]:
+def qa_policy(
+    algorithm_or_policy_class: type[BaseAlgorithm] | type[BasePolicy], base: str = "MlpPolicy"
+) -> type[BasePolicy]:
     """Return the policy class that also answers questions.
 
     The class is the same object for the same argument, can be pickled, and takes ``questions`` and the other ``qa_``
@@ -37,7 +39,9 @@ def qa_policy(algorithm_or_policy_class: type[BaseAlgorithm] | type[BasePolicy],
     given = algorithm_or_policy_class
     if isinstance(given, type) and issubclass(given, BaseAlgorithm):
         if base not in given.policy_aliases:
-            raise QAError(f"qa_policy got base={base!r} for {given.__name__}; expected one of {sorted(given.policy_aliases)}; give base=...")
+            raise QAError(
+                f"qa_policy got base={base!r} for {given.__name__}; expected one of {sorted(given.policy_aliases)}; give base=..."
+            )
         policy_class = given.policy_aliases[base]
     elif isinstance(given, type) and issubclass(given, BasePolicy):
         policy_class = given

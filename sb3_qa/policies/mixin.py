@@ -64,7 +64,9 @@ class QAPolicyMixin:
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
         self.qa_taps = Taps(self)  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
-        self.qa_head = QAHead(catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed)  # type: ignore[attr-defined]
+        self.qa_head = QAHead(
+            catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
+        )  # type: ignore[attr-defined]
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self._qa_join_optimizer()
@@ -72,9 +74,20 @@ class QAPolicyMixin:
             getattr(self, name).register_forward_hook(partial(_tapped, self, index))
 
     def _qa_join_optimizer(self) -> None:
-        """The head is a group of its own: same class and learning rate; epsilon small enough for a mean over many questions."""
+        """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
+        a few small tensors, and with an epsilon small enough for a mean over many questions.
+        """
         optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
         group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
+        options = optimizer.defaults
+        if (
+            isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+            and options["foreach"] is None
+            and options["fused"] is None
+        ):
+            group["fused"] = not (options["differentiable"] or options["capturable"])
+        elif "foreach" in options and options["foreach"] is None and not options.get("fused"):
+            group["foreach"] = True
         if "eps" in optimizer.defaults:
             group["eps"] = min(optimizer.defaults["eps"], 1e-8)
         optimizer.add_param_group(group)
@@ -82,8 +95,12 @@ class QAPolicyMixin:
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
-        named = self.named_parameters(recurse=recurse)  # type: ignore[attr-defined]
-        return (parameter for name, parameter in named if not name.startswith("qa_head."))
+        head = self.__dict__["_modules"].pop("qa_head", None)
+        try:
+            return iter([parameter for _, parameter in self.named_parameters(recurse=recurse)])  # type: ignore[attr-defined]
+        finally:
+            if head is not None:
+                self.__dict__["_modules"]["qa_head"] = head
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
@@ -91,11 +108,15 @@ class QAPolicyMixin:
     def _checked_names(self, names: list[str] | None) -> list[str] | None:
         n = getattr(self.action_space, "n", None)  # type: ignore[attr-defined]
         if names is not None and len(names) != n:
-            raise QAError(f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once")  # type: ignore[attr-defined]
+            raise QAError(
+                f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
+            )  # type: ignore[attr-defined]
         return names
 
 
-def _tapped(policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+def _tapped(
+    policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor | None:
     joint: JointTraining = policy.qa_joint
     if not (joint.waiting and torch.is_grad_enabled()):
         return None
