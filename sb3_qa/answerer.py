@@ -35,7 +35,8 @@ class Reading:
         self._policy = answerer.policy
         self._head: QAHead = self._policy.qa_head
         self._obs = obs
-        self.hidden: Floats = self._head.hidden(self._policy.qa_taps.read(self._policy, obs).cpu().numpy())
+        self._latents = self._policy.qa_taps.read(self._policy, obs)
+        self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents).cpu().numpy())
         self._state_logits: Floats | None = None
 
     def __len__(self) -> int:
@@ -68,13 +69,11 @@ class Reading:
 
     def distribution(self) -> Any:
         """The policy's own distribution over actions in these observations."""
-        with torch.no_grad():
-            return self._policy.get_distribution(self._obs)
+        return self._policy.qa_taps.distribution(self._policy, self._obs, self._latents)
 
     def preferred(self) -> NDArray[Any]:
         """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""
-        with torch.no_grad():
-            actions = self.distribution().get_actions(deterministic=True).cpu().numpy()
+        actions = self._policy.qa_taps.preferred(self._policy, self._obs, self._latents).cpu().numpy()
         return self._for_environment(actions.reshape(len(self), *self._policy.action_space.shape))
 
     def sampled(self, n: int, seed: int) -> NDArray[Any]:
@@ -87,6 +86,8 @@ class Reading:
 
     def log_prob(self, actions: NDArray[Any]) -> Floats:
         """The policy's log-probability of candidates (n, m, *action_shape): (n, m)."""
+        if self._policy.squash_output:
+            actions = self._policy.scale_action(actions)
         with torch.no_grad():
             distribution = self.distribution()
             columns = [torch.as_tensor(actions[:, j], device=self._policy.device) for j in range(actions.shape[1])]
@@ -125,8 +126,6 @@ class QuestionAnswerer:
             self._texts.append(
                 (re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance)
             )
-        agent = list(policy.parameters())
-        self._watched = [agent[0], agent[-1], policy.qa_head.flat]
         self._last: tuple[Any, int, Reading] | None = None
 
     @classmethod
@@ -176,7 +175,9 @@ class QuestionAnswerer:
     @property
     def version(self) -> int:
         """A number that changes whenever the weights do."""
-        return sum(parameter._version for parameter in self._watched)
+        head = self.policy.qa_head.flat
+        version: int = self.policy.qa_taps.version(self.policy) + head._version
+        return version
 
     def ask(self, question: str, obs: Any, action: Any = None) -> Answer:
         """Answer one question about each observation.
@@ -204,11 +205,12 @@ class QuestionAnswerer:
 
         :param keep: keep the reading, for whoever asks about the same observations next
         """
-        if self._last is not None and self._last[1] == self.version and _same(self._last[0], obs):
+        version = self.version
+        if self._last is not None and self._last[1] == version and _same(self._last[0], obs):
             return self._last[2]
         reading = self._read_tensor(self._to_tensor(obs)[0])
         if keep:
-            self._last = (_copy(obs), self.version, reading)
+            self._last = (_copy(obs), version, reading)
         return reading
 
     def values(self, keys: Sequence[str]) -> PointValues:
@@ -227,7 +229,9 @@ class QuestionAnswerer:
 
     def _to_tensor(self, obs: Any) -> tuple[Any, bool]:
         if isinstance(obs, np.ndarray) and obs.ndim > 1 and obs.shape[1:] == self.policy.observation_space.shape:
-            return torch.as_tensor(obs, device=self.policy.device), True  # a batch as it should be: nothing to find out
+            return torch.as_tensor(
+                obs, device=self.policy.qa_head.flat.device
+            ), True  # a batch as it should be: nothing to find out
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched

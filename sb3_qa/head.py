@@ -7,6 +7,7 @@ numpy, and the gradient of the loss in closed form, with numpy on the CPU and th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,17 @@ class Weights(NamedTuple):
     """(n_action_features, width)"""
     layers: list[tuple[Array, Array]]
     """(n_out, n_in) and (n_out,) of each of the head's own layers."""
+
+
+class Gradients(NamedTuple):
+    """What :meth:`QAHead.gradients` gives."""
+
+    logits: Array
+    """(n, n_logits)"""
+    latents: list[torch.Tensor]
+    """of each readout, (n, dim)"""
+    flat: torch.Tensor
+    """as :attr:`QAHead.flat`"""
 
 
 class QAHead(nn.Module):
@@ -85,7 +97,7 @@ class QAHead(nn.Module):
         self.blocks = _blocks(catalogue)
         n_features = self.action_features.n_features if self.action_features else 0
         self._shapes: list[tuple[int, ...]] = [(self.n_logits, self.width), (self.n_logits,), (n_features, self.width)]
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in itertools.pairwise(widths):
             self._shapes += [(n_out, n_in), (n_out,)]
         generator = torch.Generator().manual_seed(seed)
         rows, bias = initial_rows(encoder, catalogue, self.width, generator)
@@ -98,10 +110,10 @@ class QAHead(nn.Module):
             )
             parts.append(weight)
         self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
-        self._copy: tuple[int, Floats] | None = None
+        self._views: tuple[int, Weights] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copy": None}
+        return {**self.__dict__, "_views": None}
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
@@ -113,13 +125,13 @@ class QAHead(nn.Module):
         return Weights(*views[:3], list(zip(views[3::2], views[4::2], strict=True)))
 
     def _numpy(self) -> Weights:
-        """The weights for answering: a view on the CPU, a copy that is kept until they change elsewhere."""
-        flat = self.flat.detach()
-        if flat.device.type == "cpu":
-            return self.weights(flat.numpy())
-        if self._copy is None or self._copy[0] != self.flat._version:
-            self._copy = (self.flat._version, flat.cpu().numpy())
-        return self.weights(self._copy[1])
+        """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
+        flat = self.flat
+        on_cpu = flat.device.type == "cpu"
+        key = flat.data_ptr() if on_cpu else flat._version
+        if self._views is None or self._views[0] != key:
+            self._views = key, self.weights(flat.detach().cpu().numpy())
+        return self._views[1]
 
     def hidden(self, latents: Floats) -> Floats:
         """(n, latent_dim) -> (n, width), before the last non-linearity."""
@@ -163,26 +175,31 @@ class QAHead(nn.Module):
         state, action = weights.rows[: self.n_state], weights.rows[self.n_state :]
         return torch.cat([x @ state.T, x_action @ action.T], dim=1) * self.scale + weights.bias
 
-    def gradients(self, latents: torch.Tensor, features: Array | None, y: Array, weight: Array) -> Gradients:
+    def gradients(self, latents: Sequence[torch.Tensor], features: Array | None, y: Array, weight: Array) -> Gradients:
         """Forward and backward through the head in closed form.
 
         The gradient of each cell's weighted cross-entropy is ``weight * (probability - y)``; the rest is the chain rule.
 
-        :param latents: (n, latent_dim)
+        :param latents: of each readout, (n, dim)
         :param features: (n, n_action_features) of the actions, numpy
         :param y: (n, n_logits), targets of the cells, numpy
         :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
         """
-        flat, z = self.flat.detach(), latents.detach()
-        if flat.device.type == "cpu":
-            return self._gradients(np, flat.numpy(), z.numpy(), features, y, weight)
-        to = flat.device
-        moved = [None if x is None else torch.as_tensor(x, device=to) for x in (features, y, weight)]
-        return self._gradients(torch, flat, z, *moved)
+        cuts = list(itertools.accumulate(latent.shape[1] for latent in latents))
+        if latents[0].device.type == "cpu":
+            z = np.concatenate([latent.detach().numpy() for latent in latents], axis=1)
+            logits, d_z, d_flat = self._gradients(np, self._numpy(), z, features, y, weight)
+            d_z, d_flat = torch.from_numpy(d_z), torch.from_numpy(d_flat)
+        else:
+            z = torch.cat([latent.detach() for latent in latents], dim=1)
+            moved = [None if x is None else torch.as_tensor(x, device=z.device) for x in (features, y, weight)]
+            logits, d_z, d_flat = self._gradients(torch, self.weights(self.flat.detach()), z, *moved)
+        return Gradients(logits, [d_z[:, start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)], d_flat)
 
-    def _gradients(self, xp: Any, flat: Array, z: Array, features: Array, y: Array, weight: Array) -> Gradients:
-        w = self.weights(flat)
-        d_flat = xp.empty_like(flat)
+    def _gradients(
+        self, xp: Any, w: Weights, z: Array, features: Array, y: Array, weight: Array
+    ) -> tuple[Array, Array, Array]:
+        d_flat = xp.empty_like(w.bias, shape=self.flat.shape) if xp is np else torch.empty_like(self.flat)
         d = self.weights(d_flat)
         n_state, n = self.n_state, len(z)
         inputs, hidden = [z], z  # inputs of each layer
@@ -193,14 +210,16 @@ class QAHead(nn.Module):
             hidden += bias
         # States in the upper half, actions in the lower one, where there are both: each operation serves the two.
         if features is None:
-            x = xp.tanh(hidden) if w.layers else hidden
+            x = hidden
             halves = [(slice(0, n), slice(0, n_state))]
-        elif not n_state:
-            x = xp.tanh(hidden + features @ w.action)
-            halves = [(slice(0, n), slice(0, self.n_logits))]
         else:
-            x = xp.tanh(xp.concatenate([hidden, hidden + features @ w.action]))
-            halves = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
+            x = hidden + features @ w.action
+            halves = [(slice(0, n), slice(0, self.n_logits))]
+            if n_state:
+                x = xp.concatenate([hidden, x])
+                halves = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
+        if w.layers:
+            x = xp.tanh(x)
         logits = xp.empty_like(y)
         for rows, columns in halves:
             xp.matmul(x[rows], w.rows[columns].T, out=logits[:, columns])
@@ -222,40 +241,27 @@ class QAHead(nn.Module):
             d_action = d_x[-n:]
             xp.matmul(features.T, d_action, out=d.action)
             if n_state:
-                d_hidden = d_hidden + d_action
+                d_hidden += d_action
         for k in range(len(w.layers) - 1, -1, -1):
-            xp.matmul(d_hidden.T, inputs[k], out=d.layers[k][0])
-            d.layers[k][1][:] = d_hidden.sum(0)
+            d_layer, d_bias = d.layers[k]
+            xp.matmul(d_hidden.T, inputs[k], out=d_layer)
+            d_bias[:] = d_hidden.sum(0)
             d_hidden = d_hidden @ w.layers[k][0]
             if k:
                 d_hidden -= d_hidden * inputs[k] * inputs[k]
-        return Gradients(logits, d_hidden, d_flat)
+        return logits, d_hidden, d_flat
 
     def probabilities(self, xp: Any, logits: Array) -> Array:
         """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""
-        out = xp.empty_like(logits)
+        out = xp.tanh(logits * 0.5)  # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
+        out *= 0.5
+        out += 0.5
         for start, stop, width in self.blocks:
-            block = logits[:, start:stop]
-            if width == 1:
-                out[:, start:stop] = xp.tanh(block * 0.5)  # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
-                out[:, start:stop] *= 0.5
-                out[:, start:stop] += 0.5
-            else:
-                block = block.reshape(len(block), -1, width)
+            if width > 1:
+                block = logits[:, start:stop].reshape(len(out), -1, width)
                 block = xp.exp(block - xp.amax(block, -1)[..., None])
-                out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(block), -1)
+                out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(out), -1)
         return out
-
-
-class Gradients(NamedTuple):
-    """What :meth:`QAHead.gradients` gives: numpy arrays on the CPU, tensors elsewhere."""
-
-    logits: Array
-    """(n, n_logits)"""
-    latents: Array
-    """(n, latent_dim)"""
-    flat: Array
-    """as :attr:`QAHead.flat`"""
 
 
 def decode(instance: Instance, logits: Floats) -> Answer:

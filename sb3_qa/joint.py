@@ -119,50 +119,58 @@ class JointTraining:
     def join(
         self,
         output: torch.Tensor,
-        latents: torch.Tensor,
+        latents: Sequence[torch.Tensor],
         head: QAHead,
         agent_parameters: Callable[[], Iterable[torch.Tensor]],
     ) -> torch.Tensor:
         """Attach the question loss of the pending rows to ``output``.
 
         :param output: (n, ...), what the algorithm goes on with
-        :param latents: (n, latent_dim), in the graph of ``output``
+        :param latents: of each readout, (n, dim), in the graph of ``output``
         :raises QAError: when the pass is not about as many transitions as were handed out
         """
         rows, self._pending = self._pending, None
         assert rows is not None and self.store is not None
-        if len(rows) != len(latents):
+        if len(rows) != len(output):
             raise QAError(
-                f"the buffer handed out {len(rows)} transitions but the network was run on {len(latents)}; expected the "
+                f"the buffer handed out {len(rows)} transitions but the network was run on {len(output)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
         y, weight = self.store.dense(rows)
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
         features = None if self.store.features is None else self.store.features[rows]
-        logits, d_latents, d_flat = (torch.as_tensor(x) for x in head.gradients(latents, features, y, weight))
+        logits, d_latents, d_flat = head.gradients(latents, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
             y, weight = torch.as_tensor(y), torch.as_tensor(weight) / (self.coef * mean)
-            self.losses.append(question_losses(head, logits.cpu(), y, weight))
+            self.losses.append(question_losses(head, torch.as_tensor(logits).cpu(), y, weight))
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None:
-            share *= self._clip(latents, d_latents * share, agent_parameters)
+            share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
-        d_trunk = None if share == 0.0 else d_latents if share == 1.0 else d_latents * share
-        return attach(output, [latents, head.flat], [d_trunk, d_flat])
+        if share != 1.0:
+            d_latents = [None if share == 0.0 else d_latent * share for d_latent in d_latents]
+        return attach(output, [*latents, head.flat], [*d_latents, d_flat])
 
     def _clip(
-        self, latents: torch.Tensor, gradient: torch.Tensor, parameters: Callable[[], Iterable[torch.Tensor]]
+        self,
+        latents: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        share: float,
+        parameters: Callable[[], Iterable[torch.Tensor]],
     ) -> float:
-        """By how much to scale what goes into the agent's parameters, so that its norm there is ``max_grad_norm`` at most."""
+        """The share of the gradient that goes on into the agent's parameters, where its norm is ``max_grad_norm`` at most."""
         assert self.max_grad_norm is not None
         if self.n_passes % self.MEASURE_EVERY == 0:
-            grads = torch.autograd.grad(latents, list(parameters()), gradient, retain_graph=True, allow_unused=True)
-            self._measured_norm = float(torch.stack([g.norm() for g in grads if g is not None]).norm())
-            self._amplification = self._measured_norm / max(float(gradient.norm()), 1e-30)
-            norm = self._measured_norm
-        elif self._measured_norm < self.max_grad_norm / 4:
-            return 1.0
+            grads = torch.autograd.grad(latents, list(parameters()), gradients, retain_graph=True, allow_unused=True)
+            norm = self._measured_norm = _norm([g for g in grads if g is not None])
+            self._amplification = norm / max(_norm(gradients), 1e-30)
+        elif self._measured_norm * share < self.max_grad_norm / 4:
+            return share
         else:
-            norm = float(gradient.norm()) * self._amplification
-        return min(1.0, self.max_grad_norm / max(norm, 1e-30))
+            norm = _norm(gradients) * self._amplification
+        return min(share, self.max_grad_norm / max(norm, 1e-30))
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm()) if tensors else 0.0

@@ -50,7 +50,6 @@ def find_cuts(terminated: Bools, truncated: Bools) -> Cuts:
     :param terminated: (n_steps, n_envs)
     :param truncated: (n_steps, n_envs)
     """
-    n_steps, n_envs = terminated.shape
     cut = truncated & ~terminated
     cut[-1] |= ~terminated[-1]
     step, env = np.nonzero(cut)
@@ -197,9 +196,9 @@ class LabelStore:
         self._offset = np.cumsum((widths + 1) * is_event) - (widths + 1)
         self._open = (~event & is_event & (self._known < widths)) & (cut_row >= 0)[:, None]
         self._any_open = self._open.any(axis=1)
-        self._ahead: tuple[Floats, Floats] | None = None
+        self._ahead: Floats | None = None
         if len(self) * self.n_columns <= self.AHEAD:
-            self._ahead = self._work_out(np.arange(len(self)))
+            self._ahead = np.ascontiguousarray(np.concatenate(self._work_out(np.arange(len(self))), axis=1))
 
     def __len__(self) -> int:
         return len(self.cut_row)
@@ -215,13 +214,13 @@ class LabelStore:
         :return: ``(y, weight)``, both (n, n_columns) float32, for the caller to keep
         """
         if self._ahead is not None:
-            y, weight = self._ahead
-            return y[rows], weight[rows]
+            both = self._ahead.take(rows, axis=0)
+            return both[:, : self.n_columns], both[:, self.n_columns :]
         return self._work_out(rows)
 
     def _work_out(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
-        weight = (self._step <= self._known[rows][:, self._owner]).astype(np.float32)
-        y = (self._step == self._event_at[rows][:, self._owner]).astype(np.float32)
+        weight = (self._step <= self._known[rows].take(self._owner, axis=1)).astype(np.float32)
+        y = (self._step == self._event_at[rows].take(self._owner, axis=1)).astype(np.float32)
         unfinished = np.flatnonzero(self._any_open[rows])
         if len(unfinished):
             self._continue(rows[unfinished], unfinished, y, weight)
@@ -235,8 +234,8 @@ class LabelStore:
 
     def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:
         """Go on beyond the cut by the survival curve there."""
-        beyond = self._step - self._known[rows][:, self._owner]
-        row, column = np.nonzero((beyond > 0) & self._open[rows][:, self._owner])
+        beyond = self._step - self._known[rows].take(self._owner, axis=1)
+        row, column = np.nonzero((beyond > 0) & self._open[rows].take(self._owner, axis=1))
         place = self._offset[self._owner[column]] + beyond[row, column]
         cut = self.cut_row[rows[row]]
         at_risk, survive = self._table[cut, place - 1], self._table[cut, place]

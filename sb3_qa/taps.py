@@ -56,6 +56,7 @@ class Taps:
         self.names = family
         self._direct = all(_is_stock(type(policy), name) for name in _PASSES)
         self.seen: list[torch.Tensor | None] = [None] * len(family)
+        self._watched: list[torch.Tensor] = []
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
         latents = self._by_evaluation(policy)
         self.keep = [n for n, x in enumerate(latents) if all(x is not other for other in latents[:n])]
@@ -65,7 +66,7 @@ class Taps:
         return self._copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": [None] * len(self.names)}
+        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": []}
 
     def _copy(self) -> Taps:
         taps = Taps.__new__(Taps)
@@ -77,31 +78,49 @@ class Taps:
         kept = [latents[n] for n in self.keep]
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
-    def note(self, index: int, latent: torch.Tensor) -> torch.Tensor | None:
-        """Take the latent that just entered readout ``index``; all of them joined, once the pass has reached every one."""
+    def note(self, index: int, latent: torch.Tensor) -> list[torch.Tensor] | None:
+        """Take the latent that just entered readout ``index``; the latents of all, once the pass has reached every one."""
         self.seen[index] = latent
         latents = [x for x in self.seen if x is not None and len(x) == len(latent)]
         if len(latents) < len(self.names):
             return None
         self.clear()
-        return self.join(latents)
+        return [latents[n] for n in self.keep]
 
     def clear(self) -> None:
         """Forget a pass."""
         self.seen = [None] * len(self.names)
 
-    def read(self, policy: Any, obs: Any) -> torch.Tensor:
-        """Latents (n, latent_dim) of preprocessed-to-tensor observations, without gradients or use of a random stream."""
+    def read(self, policy: Any, obs: Any) -> list[torch.Tensor]:
+        """Latents of each readout (n, dim) for observations as tensors; no gradients, no use of a random stream."""
         with torch.no_grad():
             if not self._direct:
-                return self.join(self._by_passes(policy, obs))
+                return self._by_passes(policy, obs)
             features = policy.extract_features(obs)
             if policy.share_features_extractor:
-                return self.join(list(policy.mlp_extractor(features)))
+                return list(policy.mlp_extractor(features))
             pi_features, vf_features = features
-            return self.join(
-                [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
-            )
+            return [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
+
+    def distribution(self, policy: Any, obs: Any, latents: list[torch.Tensor]) -> Any:
+        """The policy's distribution over actions, from latents that were read of these observations."""
+        with torch.no_grad():
+            return policy._get_action_dist_from_latent(latents[0]) if self._direct else policy.get_distribution(obs)
+
+    def preferred(self, policy: Any, obs: Any, latents: list[torch.Tensor]) -> torch.Tensor:
+        """The actions (n, ...) the policy likes best."""
+        with torch.no_grad():
+            if self._direct and isinstance(
+                policy.action_space, spaces.Discrete
+            ):  # the same without building a distribution
+                return torch.as_tensor(policy.action_net(latents[0]).argmax(dim=1))
+            return torch.as_tensor(self.distribution(policy, obs, latents).get_actions(deterministic=True))
+
+    def version(self, policy: Any) -> int:
+        """A number that changes whenever an optimiser, or a state that is loaded, changes the agent's weights."""
+        if not self._watched:
+            self._watched = list(policy.parameters())
+        return sum([parameter._version for parameter in self._watched]) ^ self._watched[0].data_ptr()
 
     def _by_passes(self, policy: Any, obs: Any) -> list[torch.Tensor]:
         with _recording(policy, self.names) as seen:

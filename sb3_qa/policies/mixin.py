@@ -40,7 +40,7 @@ class QAPolicyMixin:
         questions: Sequence[Question] | None = None,
         qa_coef: float = 0.5,
         qa_trunk_gradient: float = 1.0,
-        qa_net_arch: Sequence[int] = (64,),
+        qa_net_arch: Sequence[int] = (32,),
         qa_encoder: str = "index",
         action_names: Sequence[str] | None = None,
         **kwargs: Any,
@@ -62,7 +62,7 @@ class QAPolicyMixin:
             action_names=None if action_names is None else list(action_names),
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
-        self.qa_taps = Taps(self)  # type: ignore[arg-type]
+        self.qa_taps = Taps(self)
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
         self.qa_head = QAHead(
             catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
@@ -95,12 +95,7 @@ class QAPolicyMixin:
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
-        head = self.__dict__["_modules"].pop("qa_head", None)
-        try:
-            return iter([parameter for _, parameter in self.named_parameters(recurse=recurse)])  # type: ignore[attr-defined]
-        finally:
-            if head is not None:
-                self.__dict__["_modules"]["qa_head"] = head
+        return iter(_parameters_of(self, set(), recurse))  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
@@ -112,6 +107,20 @@ class QAPolicyMixin:
                 f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
             )  # type: ignore[attr-defined]
         return names
+
+
+def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> list[nn.Parameter]:
+    """Parameters in the order of ``nn.Module.parameters()``, each once, but for those of the head."""
+    found = []
+    for parameter in module._parameters.values():
+        if parameter is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
+            found.append(parameter)
+    if recurse:
+        for child in module._modules.values():
+            if child is not None and not isinstance(child, QAHead):
+                found += _parameters_of(child, seen)
+    return found
 
 
 def _tapped(
