@@ -145,7 +145,7 @@ class JointTraining:
             y, weight = torch.as_tensor(y), torch.as_tensor(weight) / (self.coef * mean)
             self.losses.append(question_losses(head, torch.as_tensor(logits).cpu(), y, weight))
         share = self.trunk_gradient
-        if share and self.max_grad_norm is not None:
+        if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
         if share != 1.0:
@@ -162,7 +162,9 @@ class JointTraining:
         """The share of the gradient that goes on into the agent's parameters, where its norm is ``max_grad_norm`` at most."""
         assert self.max_grad_norm is not None
         if self.n_passes % self.MEASURE_EVERY == 0:
-            grads = torch.autograd.grad(latents, list(parameters()), gradients, retain_graph=True, allow_unused=True)
+            on = [n for n, latent in enumerate(latents) if latent.requires_grad]
+            outputs, sent = [latents[n] for n in on], [gradients[n] for n in on]
+            grads = torch.autograd.grad(outputs, list(parameters()), sent, retain_graph=True, allow_unused=True)
             norm = self._measured_norm = _norm([g for g in grads if g is not None])
             self._amplification = norm / max(_norm(gradients), 1e-30)
         elif self._measured_norm * share < self.max_grad_norm / 4:

@@ -51,7 +51,7 @@ class QAPolicyMixin:
             )
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
-        catalogue = Catalogue(list(questions))
+        catalogue = Catalogue(questions)
         super().__init__(*args, **kwargs)
         self.qa_kwargs: dict[str, Any] = dict(
             questions=list(questions),
