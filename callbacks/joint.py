@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import label_rows, stop_labelling
 from sb3_qa.callbacks.rollout import Rollout
 from sb3_qa.errors import QAError
+from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import check_around, qa_wrappers
@@ -39,6 +40,10 @@ class QACallback(BaseCallback):
         super().__init__(verbose)
         self._rollout: Rollout | None = None
 
+    @property
+    def _policy(self) -> QAPolicyMixin:
+        return cast(QAPolicyMixin, self.model.policy)
+
     def _init_callback(self) -> None:
         if not hasattr(self.model.policy, "qa_head"):
             name = type(self.model).__name__
@@ -51,13 +56,12 @@ class QACallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         assert isinstance(self.model, OnPolicyAlgorithm)
-        catalogue: Catalogue = self.model.policy.qa_head.catalogue
-        _check_horizons(catalogue, self.model.n_steps)
+        _check_horizons(self._policy.qa_head.catalogue, self.model.n_steps)
         answerer = QuestionAnswerer.from_model(self.model)
         bind_wrappers(self.model.get_env(), answerer, self.model.gamma)
         for env in _eval_envs(self.locals.get("callback")):
             bind_wrappers(env, answerer, self.model.gamma)
-        joint = self.model.policy.qa_joint
+        joint = self._policy.qa_joint
         limit = getattr(self.model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         label_rows(self.model.rollout_buffer, joint)
@@ -74,9 +78,9 @@ class QACallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         assert self._rollout is not None and isinstance(self.model, OnPolicyAlgorithm)
-        joint = self.model.policy.qa_joint
+        joint = self._policy.qa_joint
         joint.store = self._rollout.labels()
-        catalogue = self.model.policy.qa_head.catalogue
+        catalogue = self._policy.qa_head.catalogue
         self._rollout.log(self.logger)
         if joint.losses:  # of the update before
             losses = torch.stack(joint.losses).mean(dim=0).tolist()
@@ -90,7 +94,7 @@ class QACallback(BaseCallback):
     def _on_training_end(self) -> None:
         assert isinstance(self.model, OnPolicyAlgorithm)
         stop_labelling(self.model.rollout_buffer)
-        self.model.policy.qa_joint.store = None
+        self._policy.qa_joint.store = None
         self._rollout = None
 
 

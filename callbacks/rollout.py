@@ -16,11 +16,11 @@ from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import EpisodeLog, score_questions
 from sb3_qa.facts import FactReader
-from sb3_qa.head import survival
+from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window, window_after, yes_or_no
 from sb3_qa.questions import Target
 from sb3_qa.truth import Step
-from sb3_qa.wrappers.shell import VecQAWrapper, row
+from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
 __all__ = ["Rollout"]
 
@@ -35,6 +35,7 @@ class Rollout:
         self.model = model
         self.answerer = answerer
         self.catalogue = answerer.catalogue
+        self._head: QAHead = answerer.policy.qa_head
         self.reader = FactReader(self.catalogue)
         self.episodes = EpisodeLog(model.n_envs)
         self._checked = False
@@ -128,7 +129,7 @@ class Rollout:
             else:
                 value = flatten_rows(_window_value(target, fact, state_facts[..., column], terminated, truncated))
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
-        features = self.model.policy.qa_head.action_features
+        features = self._head.action_features
         self._flat_actions = flatten_rows(np.stack(self._actions))
         self.store = LabelStore(
             self.catalogue.targets,
@@ -151,24 +152,16 @@ class Rollout:
         targets = [target for target in self.catalogue.targets if target.kind == "event"]
         if not targets or not len(cuts.step):
             return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
-        newest = self.model._last_obs
-        rows = [
-            self._last_obs.get((step, env), None)
-            for step, env in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True)
-        ]
-        rows = [
-            row(newest, env) if known is None else known for known, env in zip(rows, cuts.env.tolist(), strict=True)
-        ]
-        obs = (
-            {key: np.stack([one[key] for one in rows]) for key in rows[0]}
-            if isinstance(rows[0], dict)
-            else np.stack(rows)
-        )
+        newest: Any = self.model._last_obs
+        rows: list[Any] = []
+        for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
+            rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
+        obs = stack(rows)
         reading = self.answerer.read(obs, keep=False)
         return self._curves(reading, targets)
 
     def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
-        head = self.model.policy.qa_head
+        head = self._head
         shares, logits = None, None
         if any(
             target.question.per_action for target in targets

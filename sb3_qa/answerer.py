@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -314,11 +314,12 @@ def _names_in(env: Any) -> list[str] | None:
     if env is None or not isinstance(env.action_space, spaces.Discrete):
         return None
     n = int(env.action_space.n)
-    for attribute, names_of in (
-        ("action_type", lambda kind: list(kind.actions.values())),
-        ("get_action_meanings", lambda get: list(get())),
-        ("actions", lambda kind: [member.name for member in kind]),
-    ):
+    ways: dict[str, Callable[[Any], list[Any]]] = {
+        "action_type": lambda kind: list(kind.actions.values()),
+        "get_action_meanings": lambda get: list(get()),
+        "actions": lambda kind: [member.name for member in kind],
+    }
+    for attribute, names_of in ways.items():
         try:
             names = [str(name) for name in names_of(env.get_attr(attribute, 0)[0])]
         except Exception:

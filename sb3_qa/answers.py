@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,18 @@ class Answer(NDArrayOperatorsMixin):
         raise NotImplementedError
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self.value, dtype=dtype)
+        return np.array(self.value, dtype=dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        return getattr(ufunc, method)(*(x.value if isinstance(x, Answer) else x for x in inputs), **kwargs)
+        if any(isinstance(x, Answer) for x in kwargs.get("out", ())):  # answer *= 2: an answer itself never changes
+            del kwargs["out"]
+        return getattr(ufunc, method)(*_plain(inputs), **_plain(kwargs))
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return func(*_plain(args), **_plain(kwargs))
+
+    def __bool__(self) -> bool:
+        raise QAError(f"got {self!r} as a condition; expected a comparison; write e.g. answer.probability > 0.5")
 
     def __getitem__(self, index: Any) -> Any:
         return self.value[index]
@@ -76,14 +85,16 @@ class ChoiceAnswer(Answer):
 
     @property
     def value(self) -> Floats:
-        return np.argmax(self.probabilities, axis=-1).astype(np.float32)
+        return np.asarray(np.argmax(self.probabilities, axis=-1), np.float32)
 
     @property
     def best(self) -> NDArray[np.object_]:
         """The likeliest option of each observation."""
         options = np.empty(len(self.options), object)
-        options[:] = self.options
-        return options[np.argmax(self.probabilities, axis=-1)]
+        for n, option in enumerate(self.options):  # one by one, as an option may be a tuple
+            options[n] = option
+        best: NDArray[np.object_] = options[np.argmax(self.probabilities, axis=-1)]
+        return best
 
     @property
     def entropy(self) -> Floats:
@@ -107,7 +118,8 @@ class NumberAnswer(Answer):
     @property
     def mean(self) -> Floats:
         """Expected value, shape (n_envs,) or (n_envs, n_actions), in the units of the fact."""
-        return self.probabilities @ self.support
+        mean: Floats = self.probabilities @ self.support
+        return mean
 
     @property
     def value(self) -> Floats:
@@ -122,12 +134,12 @@ class NumberAnswer(Answer):
 
         :raises QAError: when ``p`` is not in [0, 1]
         """
-        if not 0.0 <= p <= 1.0:
-            raise QAError(f"quantile got p={p!r}; expected a probability in [0, 1]; give e.g. 0.9")
-        cdf = np.cumsum(self.probabilities, axis=-1)
-        atom = np.argmax(cdf >= min(p, 1.0 - 1e-6), axis=-1)
+        _check_probability(p, "quantile", "p")
+        cdf = np.cumsum(self.probabilities, axis=-1, dtype=np.float64)
+        cdf /= cdf[..., -1:]
+        atom = np.argmax(cdf >= p - 1e-6, axis=-1)  # float32 probabilities are no better than that
         if self._whole:
-            return self.support[atom]
+            return np.asarray(self.support[atom])
         edges = np.concatenate([self.support[:1], (self.support[1:] + self.support[:-1]) / 2, self.support[-1:]])
         mass = np.take_along_axis(self.probabilities, atom[..., None], -1)[..., 0]
         before = np.take_along_axis(cdf, atom[..., None], -1)[..., 0] - mass
@@ -135,8 +147,26 @@ class NumberAnswer(Answer):
         return np.asarray(edges[atom] + part * (edges[atom + 1] - edges[atom]), np.float32)
 
     def interval(self, level: float) -> tuple[Floats, Floats]:
-        """Central interval that holds the number with probability ``level``: two arrays shaped as :attr:`mean`."""
+        """Central interval that holds the number with probability ``level``: two arrays shaped as :attr:`mean`.
+
+        :raises QAError: when ``level`` is not in [0, 1]
+        """
+        _check_probability(level, "interval", "level")
         return self.quantile((1.0 - level) / 2), self.quantile((1.0 + level) / 2)
+
+
+def _check_probability(p: Any, method: str, name: str) -> None:
+    if not isinstance(p, Real) or not 0.0 <= float(p) <= 1.0:
+        raise QAError(f"{method} got {name}={p!r}; expected one probability in [0, 1]; give e.g. 0.9")
+
+
+def _plain(x: Any) -> Any:
+    """With arrays in place of answers."""
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_plain(value) for value in x)
+    return x.value if isinstance(x, Answer) else x
 
 
 def _entropy(probabilities: Floats) -> Floats:

@@ -38,7 +38,7 @@ class ActionFeatures:
     :param space: the agent's action space
     """
 
-    def __init__(self, space: spaces.Space) -> None:
+    def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
         if isinstance(space, spaces.Discrete):
             self.n_features = int(space.n)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
-from sb3_qa.truth import Step
+from sb3_qa.truth import Step, fact_slots
 
 __all__ = ["FactReader"]
 
@@ -27,15 +28,16 @@ class _Signal:
         self.seen = False
         self.key: str | None = None
         self.call: Callable[[Step], Any] | None = None
+        slots = {name: target.slots[name] for name in fact_slots(self.fact) if name in target.slots}
         if isinstance(self.fact, str):
-            self.key = self.fact.format(**target.slots) if "{" in self.fact else self.fact
+            self.key = self.fact.format(**slots)
         else:
-            slots = {name: value for name, value in target.slots.items() if name in _keywords(self.fact)}
             self.call = (lambda step, fact=self.fact, slots=slots: fact(step, **slots)) if slots else self.fact
-        self.identity = (self.key or (id(self.fact), tuple(sorted(map(repr, target.slots.items())))), self.answer)
-        self._index = (
-            {option: n for n, option in enumerate(self.answer.options)} if isinstance(self.answer, Choice) else {}
-        )
+        self.identity = (self.key or (id(self.fact), *map(repr, slots.items())), self.answer)
+        options = self.answer.options if isinstance(self.answer, Choice) else ()
+        self._index = {option: n for n, option in enumerate(options)}
+        if not any(isinstance(option, Real) for option in options):  # else 0 could be an option or an index
+            self._index |= {n: n for n in range(len(options))}
 
     def read(self, step: Step) -> float:
         """The value of a callable fact."""
@@ -62,26 +64,28 @@ class _Signal:
 
     def _convert(self, value: Any) -> float:
         self.seen = True
+        if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+            value = value.item()
         if isinstance(self.answer, Choice):
-            index = self._index.get(value.item() if isinstance(value, np.generic) else value)
-            if index is None and isinstance(value, (int, np.integer)) and 0 <= value < len(self.answer.options):
-                index = int(value)
-            if index is None:
-                self._refuse(
-                    value, f"one of the options {self.answer.options} or an index", "add the option or mend the fact"
-                )
-            return float(index)  # type: ignore[arg-type]
+            try:
+                return float(self._index[value])
+            except (KeyError, TypeError):  # TypeError: not hashable
+                options = self.answer.options
+                index = " or its index" if len(self._index) > len(options) else ""
+                self._refuse(value, f"one of the options {options}{index}", "add the option or mend the fact")
         try:
+            if isinstance(value, (str, bytes, np.ndarray)):  # which float() takes, or used to
+                raise TypeError
             number = float(value)
         except (TypeError, ValueError):
             self._refuse(value, "a single number or bool", "return a scalar")
         if isinstance(self.answer, YesNo) and number not in (0.0, 1.0):
             self._refuse(value, "True or False", "compare it with something, or ask for a Number(low, high)")
-        if isinstance(self.answer, Number) and not np.isfinite(number):
+        if isinstance(self.answer, Number) and not math.isfinite(number):
             self._refuse(value, "a finite number", "return None where it has no value")
         return number
 
-    def _refuse(self, value: Any, expected: str, mend: str) -> None:
+    def _refuse(self, value: Any, expected: str, mend: str) -> NoReturn:
         raise QAError(f"the fact of question {self.question.name!r} gave {value!r}; expected {expected}; {mend}")
 
 
@@ -131,18 +135,13 @@ class FactReader:
         for signal in self._signals:
             if not signal.seen:
                 keys = [key for key in info if not key.startswith("qa/")]
-                got = f"info had {nearest(str(signal.key), keys)}" if keys else "info was empty"
-                mend = "name one of these, or give a callable of a Step"
-                what = f"the fact {signal.fact!r}" if signal.key else "the callable fact (KeyError at every step)"
-                raise QAError(f"{what} of question {signal.question.name!r} never appeared; {got}; {mend}")
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # a builtin
-        return []
-    return [parameter.name for parameter in parameters[1:]]
+                got = f"info had {nearest(str(signal.key or ''), keys)}" if keys else "info was empty"
+                what = f"the fact {signal.key!r}" if signal.key else "the callable fact (it gave None or a KeyError)"
+                mend = f"lambda step: step.info.get({signal.key or '...'!r}, False)"
+                raise QAError(
+                    f"{what} of question {signal.question.name!r} never appeared; {got}; expected it at least once by now; name a key "
+                    f"that is there, or give a callable if it is told only now and then, e.g. {mend}"
+                )
 
 
 def describe(question: Question) -> str:

@@ -73,7 +73,7 @@ class QAHead(nn.Module):
         self,
         catalogue: Catalogue,
         latent_dim: int,
-        action_space: spaces.Space,
+        action_space: spaces.Space[Any],
         net_arch: Sequence[int],
         encoder: str = "index",
         seed: int = 0,
@@ -117,12 +117,14 @@ class QAHead(nn.Module):
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
-        views, start = [], 0
+        views: list[Array] = []
+        start = 0
         for shape in self._shapes:
             stop = start + math.prod(shape)
             views.append(flat[start:stop].reshape(shape))
             start = stop
-        return Weights(*views[:3], list(zip(views[3::2], views[4::2], strict=True)))
+        rows, bias, action, *layers = views
+        return Weights(rows, bias, action, list(zip(layers[::2], layers[1::2], strict=True)))
 
     def _numpy(self) -> Weights:
         """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
@@ -186,6 +188,7 @@ class QAHead(nn.Module):
         :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
         """
         cuts = list(itertools.accumulate(latent.shape[1] for latent in latents))
+        z: Array
         if latents[0].device.type == "cpu":
             z = np.concatenate([latent.detach().numpy() for latent in latents], axis=1)
             logits, d_z, d_flat = self._gradients(np, self._numpy(), z, features, y, weight)

@@ -33,7 +33,7 @@ class _Attach(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         return grad_output, None, *ctx.gradients
 
@@ -47,7 +47,7 @@ def attach(
     :param parts: tensors of a graph, or parameters
     :param gradients: one for each part, of its shape; None for none
     """
-    return _Attach.apply(output, gradients, *parts)  # type: ignore[no-untyped-call, no-any-return]
+    return _Attach.apply(output, gradients, *parts)  # type: ignore[no-untyped-call]
 
 
 def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -142,15 +142,16 @@ class JointTraining:
         features = None if self.store.features is None else self.store.features[rows]
         logits, d_latents, d_flat = head.gradients(latents, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
-            y, weight = torch.as_tensor(y), torch.as_tensor(weight) / (self.coef * mean)
-            self.losses.append(question_losses(head, torch.as_tensor(logits).cpu(), y, weight))
+            known = torch.as_tensor(weight) / (self.coef * mean)
+            self.losses.append(question_losses(head, torch.as_tensor(logits).cpu(), torch.as_tensor(y), known))
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
+        sent: list[torch.Tensor | None] = [*d_latents]
         if share != 1.0:
-            d_latents = [None if share == 0.0 else d_latent * share for d_latent in d_latents]
-        return attach(output, [*latents, head.flat], [*d_latents, d_flat])
+            sent = [None if share == 0.0 else d_latent * share for d_latent in d_latents]
+        return attach(output, [*latents, head.flat], [*sent, d_flat])
 
     def _clip(
         self,

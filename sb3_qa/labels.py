@@ -194,8 +194,8 @@ class LabelStore:
         is_event = np.array([t.kind == "event" for t in self._timed], np.bool_)
         self._table = np.concatenate(list(survival), axis=1) if len(survival) else np.zeros((0, 0), np.float32)
         self._offset = np.cumsum((widths + 1) * is_event) - (widths + 1)
-        self._open = (~event & is_event & (self._known < widths)) & (cut_row >= 0)[:, None]
-        self._any_open = self._open.any(axis=1)
+        self._open: Bools = (~event & is_event & (self._known < widths)) & (cut_row >= 0)[:, None]
+        self._any_open: Bools = np.asarray(self._open.any(axis=1))
         self._ahead: Floats | None = None
         if len(self) * self.n_columns <= self.AHEAD:
             self._ahead = np.ascontiguousarray(np.concatenate(self._work_out(np.arange(len(self))), axis=1))

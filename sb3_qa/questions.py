@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 import math
 import re
@@ -21,13 +22,18 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
+
 from sb3_qa.errors import QAError
-from sb3_qa.truth import Truth, check_horizon
+from sb3_qa.truth import Truth, check_horizon, fact_slots, fields
 
 __all__ = ["Catalogue", "Choice", "Instance", "Number", "Question", "Target", "YesNo"]
 
 NAME_LENGTH = 24  # "qa/<name>/accuracy" must fit in the 36 characters that SB3's loggers keep of a key
 NUMBER_ATOMS = 32
+# Names that are taken: what wrappers tell in info as "qa/<key>" themselves, and the arguments of Question.
+TOLD = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "raw_reward", "shaping_reward")
+ARGUMENTS = ("self", "text", "truth", "answer", "name")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class YesNo:
 class Choice:
     """A question answered by one of several options: ``Choice("left", "middle", "right")``.
 
-    The fact may give the option itself or its index.
+    The fact may give the option itself, or its index where no option is a number.
     """
 
     options: tuple[Any, ...]
@@ -49,11 +55,12 @@ class Choice:
             raise QAError(
                 f"Choice got one list, {options[0]!r}; expected its options one by one; write Choice(*options)"
             )
-        if len(options) < 2 or len(set(options)) != len(options):
+        options = _plain(options)
+        if len(options) < 2 or not _all_differ(options, "Choice"):
             raise QAError(
                 f"Choice got {options!r}; expected at least two different options; add an option or ask a YesNo()"
             )
-        object.__setattr__(self, "options", tuple(options))
+        object.__setattr__(self, "options", options)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Question:
             raise QAError(
                 f"{where} got truth={truth!r}; expected an operator of sb3_qa.truth; wrap the fact, e.g. now({truth!r})"
             )
-        if answer is YesNo or answer is Choice or answer is Number:
+        if isinstance(answer, type) and issubclass(answer, (YesNo, Choice, Number)):
             raise QAError(
                 f"{where} got the class {answer.__name__}; expected an answer made of it; call it: {answer.__name__}(...)"
             )
@@ -136,11 +143,12 @@ class Question:
         object.__setattr__(self, "name", _check_name(name if name is not None else _slug(text), where))
         object.__setattr__(self, "slots", _check_slots(text, truth, slots, where))
         object.__setattr__(self, "answer", _check_answer(truth, answer, self._longest_horizon(), where))
+        self._check_instances(where)
 
     @property
     def per_action(self) -> bool:
         """Whether the text has the slot ``{action}``."""
-        return self.ACTION in _fields(self.text)
+        return self.ACTION in fields(self.text)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -153,6 +161,30 @@ class Question:
         words = string.Formatter().vformat(self.text, (), {**slots, self.ACTION: "{action}"})
         horizon = self.truth.horizon
         return Instance(key, words, self, slots, slots[horizon] if isinstance(horizon, str) else horizon)
+
+    def _check_instances(self, where: str) -> None:
+        fact = self.truth.fact
+        try:
+            for instance in self.instances:
+                if isinstance(fact, str):
+                    fact.format(**instance.slots)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise QAError(
+                f"{where} got a format that its slots do not fit ({type(error).__name__}: {error}); expected {{slot}}; leave the format out"
+            ) from None
+        if self.instances[0].key in TOLD:
+            raise QAError(
+                f"{where} got name={self.name!r}, as which wrappers tell 'qa/{self.name}' themselves; expected another; give name=..."
+            )
+        if not isinstance(fact, str):
+            try:
+                inspect.signature(fact).bind(None, **{name: 0 for name in fact_slots(fact) if name in self.slots})
+            except TypeError as error:
+                raise QAError(
+                    f"{where} got a fact that cannot be called ({error}); expected a callable of a Step and slots; mend its arguments"
+                ) from None
+            except ValueError:  # a builtin, whose arguments are not known
+                pass
 
     def _longest_horizon(self) -> int | None:
         horizon = self.truth.horizon
@@ -262,12 +294,17 @@ def nearest(word: str, known: Iterable[str], most: int = 6) -> str:
     return ", ".join(repr(name) for name in close) + rest
 
 
-def _fields(text: str) -> list[str]:
+def _plain(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Without numpy's scalars, which JSON does not know."""
+    return tuple(value.item() if isinstance(value, np.generic) else value for value in values)
+
+
+def _all_differ(values: tuple[Any, ...], where: str) -> bool:
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-    except ValueError as error:
+        return len(set(values)) == len(values)
+    except TypeError:
         raise QAError(
-            f"the text {text!r} has braces that do not match ({error}); expected {{slot}}; double a literal brace"
+            f"{where} got {list(values)!r}; expected values that are hashable; give words, numbers or tuples"
         ) from None
 
 
@@ -276,7 +313,7 @@ def _slug(text: str) -> str:
 
 
 def _check_name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not re.fullmatch(rf"[\w\-. ]{{1,{NAME_LENGTH}}}", name):
+    if not isinstance(name, str) or not re.fullmatch(rf"[\w\-. ]{{1,{NAME_LENGTH}}}", name) or name != name.strip():
         raise QAError(
             f"{where} got name={name!r}; expected 1 to {NAME_LENGTH} letters, digits, '_', '-', '.' or spaces, as it is a key in logs; "
             "shorten or respell it"
@@ -286,15 +323,25 @@ def _check_name(name: Any, where: str) -> str:
 
 def _check_slots(text: str, truth: Truth, slots: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
     horizon = truth.horizon
-    wanted = [name for name in dict.fromkeys(_fields(text)) if name != Question.ACTION]
-    if Question.ACTION in slots:
+    wanted = [name for name in dict.fromkeys(fields(text)) if name != Question.ACTION]
+    if Question.ACTION in slots or horizon == Question.ACTION:
         raise QAError(
-            f"{where} got values for the slot 'action'; expected none: it stands for every action; leave it out"
+            f"{where} got the slot 'action' as one with values; expected none: it stands for every action; leave it out"
         )
-    for name in [*wanted, *([horizon] if isinstance(horizon, str) else [])]:
+    if truth.is_event and horizon in fact_slots(truth.fact):
+        raise QAError(
+            f"{where} got a fact with the slot {horizon!r}, which is its horizon; expected one event for all horizons, as they are "
+            "read from one curve; give the fact another slot"
+        )
+    used = [*wanted, *([horizon] if isinstance(horizon, str) else [])]
+    for name in [*used, *(fact_slots(truth.fact) if isinstance(truth.fact, str) else [])]:
+        if name in ARGUMENTS:
+            raise QAError(
+                f"{where} got the slot {name!r}; expected a name that is no argument of Question() itself; rename the slot"
+            )
         if name not in slots:
             raise QAError(
-                f"{where} uses the slot {name!r} but got values for {sorted(slots) or 'none'}; give {name}=[...]"
+                f"{where} got values for {sorted(slots) or 'no slots'}; expected some for the slot {name!r}; give {name}=[...]"
             )
     checked: dict[str, tuple[Any, ...]] = {}
     for name, values in slots.items():
@@ -302,10 +349,14 @@ def _check_slots(text: str, truth: Truth, slots: Mapping[str, Any], where: str) 
             raise QAError(
                 f"{where} got the slot {name!r}, which its text does not use; expected {wanted or 'no slots'}; write {{{name}}} or drop it"
             )
-        values = (values,) if isinstance(values, (str, Real)) else tuple(values)
-        if not values or len(set(values)) != len(values):
+        given = values
+        if isinstance(given, (str, Real)):
+            values = (given,)
+        values = _plain(values) if isinstance(values, Iterable) else ()
+        words = {str(value) for value in values}  # of which keys are made
+        if not values or not _all_differ(values, f"{where}, slot {name!r},") or len(words) < len(values):
             raise QAError(
-                f"{where} got {name}={list(values)!r}; expected at least one value, each once; list them, e.g. {name}=[1, 5]"
+                f"{where} got {name}={given!r}; expected at least one value, each once; list them, e.g. {name}=[1, 5]"
             )
         if name == horizon:
             values = tuple(check_horizon(value, f"{where}, slot {name!r},") for value in values)

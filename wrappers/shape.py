@@ -16,7 +16,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Choice
 from sb3_qa.wrappers.answer import AnswerRule
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, recorded
 
 __all__ = ["Rewards", "ShapeReward", "ShapeRule", "VecShapeReward", "potential_shaping"]
 
@@ -59,7 +59,7 @@ class ShapeRule(AnswerRule):
                         f"{name} got the weight {weight!r} for {key!r}; expected a finite number; give e.g. -1.0"
                     )
         super().__init__(name, None if callable(rewards) else list(rewards), qa, unbound)
-        self.rewards = rewards
+        self.rewards: Rewards = rewards if callable(rewards) else dict(rewards)
         self.mode = mode
         self.gamma = gamma
         self.discount: float | None = gamma
@@ -133,8 +133,11 @@ class ShapeReward(QAWrapper, RecordConstructorArgs):
         qa: QA = None,
         unbound: str = "error",
     ) -> None:
-        RecordConstructorArgs.__init__(self, rewards=rewards, mode=mode, gamma=gamma, qa=qa, unbound=unbound)
-        QAWrapper.__init__(self, env, ShapeRule("ShapeReward", rewards, mode, gamma, qa, unbound), qa)
+        rule = ShapeRule("ShapeReward", rewards, mode, gamma, qa, unbound)
+        RecordConstructorArgs.__init__(
+            self, _disable_deepcopy=True, rewards=rule.rewards, mode=mode, gamma=gamma, qa=recorded(qa), unbound=unbound
+        )
+        QAWrapper.__init__(self, env, rule, qa)
 
 
 class VecShapeReward(VecQAWrapper):

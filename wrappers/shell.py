@@ -6,7 +6,9 @@ A *rule* holds all that a wrapper decides. A *shell* fits it to an interface: :c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -50,11 +52,7 @@ class Arrival:
             self.infos[i]["terminal_observation"] if "terminal_observation" in self.infos[i] else row(self.obs, i)
             for i in index
         ]
-        return (
-            {key: np.stack([one[key] for one in rows]) for key in rows[0]}
-            if isinstance(rows[0], dict)
-            else np.stack(rows)
-        )
+        return stack(rows)
 
 
 class Rule:
@@ -72,6 +70,9 @@ class Rule:
         self.qa: QuestionAnswerer | None = None
         self.obs: Any = None
         self.own = qa is not None
+
+    def seed(self, seed: int) -> None:
+        """Begin again whatever is drawn at random. May be extended."""
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
         """Check the rule's questions against the answerer's. To be extended."""
@@ -111,8 +112,9 @@ class Rule:
     def tell_rewards(self, before: NDArray[Any], arrival: Arrival, replaced: NDArray[Any] | None = None) -> None:
         """Tell what the environment's own reward was, and what all wrappers so far have added to it (or put in its place)."""
         for i, info in enumerate(arrival.infos):
-            raw = info.setdefault("qa/raw_reward", float(before[i]))
-            info["qa/shaping_reward"] = float(arrival.rewards[i]) - raw if replaced is None else float(replaced[i])
+            info.setdefault("qa/raw_reward", float(before[i]))
+            added = info.get("qa/shaping_reward", 0.0) + float(arrival.rewards[i]) - float(before[i])
+            info["qa/shaping_reward"] = added if replaced is None else float(replaced[i])
 
     def executed(self, actions: NDArray[Any], infos: list[Info]) -> NDArray[Any]:
         """The actions that were really executed, should a veto further in have replaced some."""
@@ -128,12 +130,17 @@ def as_answerer(qa: QA) -> QuestionAnswerer | None:
     return qa if qa is None or isinstance(qa, QuestionAnswerer) else QuestionAnswerer.load(qa)
 
 
+def recorded(qa: QA) -> str | None:
+    """``qa=`` as it stands in an environment's spec, which is JSON: a path; an answerer at hand is to be bound again."""
+    return None if qa is None or isinstance(qa, QuestionAnswerer) else os.fspath(qa)
+
+
 def plain(action: Any) -> Any:
     """An action for ``info``: a number of a discrete action, an array otherwise."""
     return action.item() if isinstance(action, np.generic) or np.ndim(action) == 0 else np.array(action)
 
 
-def no_action(space: spaces.Space) -> Any:
+def no_action(space: spaces.Space[Any]) -> Any:
     """What stands for the action in the info of a reset, where there is none: -1, or nans in the shape of a box."""
     if isinstance(space, spaces.Box):
         return np.full(space.shape, np.nan, np.float32)
@@ -146,6 +153,7 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any], rule: Rule, qa: QA) -> None:
         super().__init__(env)
         self.rule = rule
+        self._first_info: Info | None = None  # what was told at the reset, until the first step
         answerer = as_answerer(qa)
         if answerer is not None:
             self.bind(answerer)
@@ -159,26 +167,38 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
             raise QAError(_normalized(type(self).__name__, f"Vec{type(self).__name__}"))
         check_spaces(type(self).__name__, qa, self.observation_space, self.action_space)
         self.rule.bind(qa)
+        if self.rule.obs is not None:  # bound after a reset, as in learn(): tell now what the reset could not
+            self._begin()
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        if seed is not None:
+            self.rule.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)
         self.rule.obs = _batch(obs)
-        return obs, {**info, **self._begin()}
+        self._first_info = info = dict(info)
+        if self.rule.qa is not None:
+            self._begin()
+        return obs, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, Info]:
         rule = self.rule
+        self._first_info = None
         if not rule.ready():
-            return self.env.step(action)
+            obs, *rest = self.env.step(action)
+            rule.obs = _batch(obs)
+            return obs, *rest
         chosen = rule.act(np.asarray(action)[None])
         obs, reward, terminated, truncated, info = self.env.step(_like(action, chosen[0]))
         done = np.array([terminated or truncated])
-        arrival = Arrival(_batch(obs), np.array([reward], np.float64), done, np.array([terminated]), [info])
+        arrival = Arrival(_batch(obs), np.array([reward], np.float64), done, np.array([terminated]), [dict(info)])
         rule.arrive(chosen, arrival)
         rule.obs = arrival.obs
         return obs, float(arrival.rewards[0]), terminated, truncated, arrival.infos[0]
 
-    def _begin(self) -> Info:
-        return self.rule.begin(np.zeros(1, np.intp))[0] if self.rule.qa is not None else {}
+    def _begin(self) -> None:
+        told = self.rule.begin(np.zeros(1, np.intp))[0]
+        if self._first_info is not None:
+            self._first_info.update(told)
 
 
 class VecQAWrapper(VecEnvWrapper):
@@ -188,6 +208,7 @@ class VecQAWrapper(VecEnvWrapper):
         super().__init__(venv)
         self.rule = rule
         self._actions: NDArray[Any] = np.zeros(0)
+        self._first = np.ones(venv.num_envs, np.bool_)  # which environments are in the first state of an episode
         answerer = as_answerer(qa)
         if answerer is not None:
             self.bind(answerer)
@@ -211,9 +232,15 @@ class VecQAWrapper(VecEnvWrapper):
         if self.rule.obs is not None:  # bound after a reset, as in learn(): tell now what the reset could not
             self._begin(np.arange(self.num_envs))
 
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        if seed is not None:
+            self.rule.seed(seed)
+        return super().seed(seed)
+
     def reset(self) -> Any:
         obs = self.venv.reset()
         self.rule.obs = obs
+        self._first[:] = True
         self._begin(np.arange(self.num_envs))
         return obs
 
@@ -224,6 +251,7 @@ class VecQAWrapper(VecEnvWrapper):
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
         ended = np.flatnonzero(dones)
+        self._first[:] = dones
         if self.rule.qa is None:
             self.rule.obs = obs
             self._begin(ended)
@@ -244,7 +272,8 @@ class VecQAWrapper(VecEnvWrapper):
         )
         told = self.rule.begin(index) if self.rule.qa is not None else [{}] * len(index)
         for i, more in zip(index, told, strict=True):
-            self.reset_infos[i] = {**inner.reset_infos[i], **more}
+            if self._first[i]:
+                self.reset_infos[i] = {**inner.reset_infos[i], **more}
 
 
 def qa_wrappers(env: Any) -> Iterator[tuple[QAWrapper | VecQAWrapper, list[Any]]]:
@@ -274,20 +303,23 @@ def check_around(wrapper: QAWrapper | VecQAWrapper, around: list[Any]) -> None:
     """
     name = type(wrapper).__name__
     vec_name = name if name.startswith("Vec") else f"Vec{name}"
-    for outer in around:
+    # Named is the outermost wrapper that changes them: only outside of that one all is well.
+    for outer, inner in pairwise([*around, wrapper]):
         if isinstance(outer, VecNormalize) and outer.norm_obs:
             raise QAError(
                 f"{name} stands inside VecNormalize, so it sees raw observations where the policy sees normalised ones; expected "
                 f"the same; put it outside: {vec_name}(VecNormalize(env), ...)"
             )
-        if not same_observations(outer.observation_space, wrapper.observation_space):
+        space = inner.observation_space
+        if isinstance(outer, gym.ObservationWrapper) or not same_observations(outer.observation_space, space):
+            kind, outside = type(outer).__name__, name if isinstance(outer, gym.Wrapper) else vec_name
             raise QAError(
-                f"{name} stands inside {type(outer).__name__}, so it sees {wrapper.observation_space} where the policy sees "
-                f"{outer.observation_space}; expected the same; put it outside: {vec_name}({type(outer).__name__}(env, ...), ...)"
+                f"{name} stands inside {kind}, which makes {outer.observation_space} of {space}, so it does not see what the policy "
+                f"sees; expected the same; put it outside: {outside}({kind}(env, ...), ...)"
             )
 
 
-def check_spaces(name: str, qa: QuestionAnswerer, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+def check_spaces(name: str, qa: QuestionAnswerer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Refuse an answerer that learnt from another kind of observations or actions.
 
     :raises QAError: naming both
@@ -305,7 +337,7 @@ def check_spaces(name: str, qa: QuestionAnswerer, observation_space: spaces.Spac
         )
 
 
-def same_observations(a: spaces.Space, b: spaces.Space) -> bool:
+def same_observations(a: spaces.Space[Any], b: spaces.Space[Any]) -> bool:
     """Whether observations of the two spaces have one shape; images may have their channels first or last, as in SB3."""
     if isinstance(a, spaces.Dict) or isinstance(b, spaces.Dict):
         both = isinstance(a, spaces.Dict) and isinstance(b, spaces.Dict) and a.spaces.keys() == b.spaces.keys()
@@ -330,8 +362,14 @@ def _normalized(name: str, vec_name: str) -> str:
 
 
 def _batch(obs: Any) -> Any:
+    """A batch of one, in memory of its own: an environment may write its next observation over this one."""
+    return {key: np.array(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else np.array(obs)[None]
+
+
+def stack(rows: list[Any]) -> Any:
+    """A batch of observations of single environments."""
     return (
-        {key: np.asarray(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+        {key: np.stack([one[key] for one in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from numbers import Real
@@ -17,8 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
 from sb3_qa.questions import YesNo
-from sb3_qa.values import PointValues
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, no_action, plain, row
+from sb3_qa.wrappers.answer import AnswerRule
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, no_action, plain, recorded, row
 
 __all__ = ["RandomVetoRule", "VecRandomVeto", "VecVetoAction", "VetoAction", "VetoRule", "is_catastrophe", "safest"]
 
@@ -33,7 +34,7 @@ LISTED = 256  # as many combinations of discrete parts are all looked at
 
 def is_catastrophe(risk: Floats, threshold: float) -> Bools:
     """Risk >= threshold; a risk that is not finite counts as a catastrophe (fail closed)."""
-    return ~(risk < threshold)
+    return ~(np.isfinite(risk) & (risk < threshold))
 
 
 def safest(risk: Floats, preference: Floats | None = None, threshold: float = 0.0) -> NDArray[np.intp]:
@@ -50,12 +51,16 @@ def safest(risk: Floats, preference: Floats | None = None, threshold: float = 0.
     if preference is None:
         return lowest
     allowed = ~is_catastrophe(risk, threshold)
-    preferred = np.argmax(np.where(allowed, preference, -np.inf), axis=1)
+    # What is allowed stays above what is not, even at a probability of 0.
+    preferred = np.argmax(np.where(allowed, np.maximum(preference, np.finfo(np.float32).min), -np.inf), axis=1)
     return np.where(allowed.any(axis=1), preferred, lowest)
 
 
-class VetoRule(Rule):
-    """Judge the proposed action; replace it when it is judged catastrophic, unless only watching."""
+class VetoRule(AnswerRule):
+    """Judge the proposed action; replace it when it is judged catastrophic, unless only watching.
+
+    Beside that it tells the answer to its question as :class:`~sb3_qa.wrappers.answer.AnswerRule` does.
+    """
 
     def __init__(
         self,
@@ -69,7 +74,7 @@ class VetoRule(Rule):
         qa: QA,
         unbound: str,
     ) -> None:
-        super().__init__(name, qa, unbound)
+        super().__init__(name, [question], qa, unbound)
         if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
             raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
         if not (callable(on_veto) or on_veto in ("safest", "policy")):
@@ -85,12 +90,15 @@ class VetoRule(Rule):
         self.on_veto = on_veto
         self.shadow = shadow
         self.penalty = float(penalty)
+        self._seed = seed
         self.rng = np.random.default_rng(seed)
-        self.values: PointValues | None = None
-        self.space: spaces.Space = spaces.Discrete(1)
+        self.space: spaces.Space[Any] = spaces.Discrete(1)
         self._listed: NDArray[Any] | None = None
         self._step: tuple[NDArray[Any], Floats, Bools, Bools] | None = None
         self._warned = False
+
+    def seed(self, seed: int) -> None:
+        self.rng = np.random.default_rng([self._seed, seed])
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
         instance = qa.catalogue.find(self.question)
@@ -107,8 +115,9 @@ class VetoRule(Rule):
                 f"{self.name} got {self.question!r}, which is not about an action, so no action can be told safer; expected {{action}} in "
                 "its text; or give on_veto a callable (obs, proposed_action) -> action"
             )
-        self.values = qa.values([self.question])
-        self.space = qa.policy.action_space
+        super().on_bind(qa)
+        # A copy, as it will be sampled from, and the agent's own random stream is left alone.
+        self.space = copy.deepcopy(qa.policy.action_space)
         self._listed = _all_actions(self.space)
 
     def risk(self, actions: NDArray[Any] | None) -> Floats:
@@ -119,9 +128,11 @@ class VetoRule(Rule):
         return self.values.of_states(self.here)[:, 0]
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
-        risk = self.risk(self.here.preferred())[index]
         nobody = no_action(self.space)
-        return [self._told(r, False, False, nobody, nobody) for r in risk.tolist()]
+        rewards = {"qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} if self.penalty else {}
+        table = self.at_first()[index]
+        verdicts = [_verdict(risk, False, False, nobody, nobody) for (risk,) in table.tolist()]
+        return [{**told, **verdict, **rewards} for told, verdict in zip(self.told(table), verdicts, strict=True)]
 
     def act(self, actions: NDArray[Any]) -> NDArray[Any]:
         proposed = actions
@@ -136,9 +147,7 @@ class VetoRule(Rule):
         rows = np.flatnonzero(flagged)
         if len(rows) and not self.shadow:
             if callable(self.on_veto):
-                replacement = np.stack(
-                    [np.asarray(self.on_veto(row(self.obs, i), plain(actions[i])), actions.dtype) for i in rows]
-                )
+                replacement = np.stack([self._called(i, actions[i]) for i in rows])
             else:
                 candidates = self._spread(self._listed) if self._listed is not None else self._candidates(actions)
                 risk = self.risk(candidates) if risk is None else risk
@@ -156,7 +165,8 @@ class VetoRule(Rule):
 
     def replace(self, actions: NDArray[Any], candidates: NDArray[Any], risk: Floats) -> NDArray[Any]:
         """For each environment the candidate to execute instead."""
-        preference = self.here.log_prob(candidates) if self.on_veto == "policy" else None
+        # The copy is for torch, which warns of arrays that cannot be written to.
+        preference = self.here.log_prob(np.array(candidates)) if self.on_veto == "policy" else None
         best = safest(risk, preference, self.threshold)
         rows = np.arange(len(best))
         chosen = np.array(candidates[rows, best])
@@ -168,11 +178,12 @@ class VetoRule(Rule):
         assert self._step is not None
         proposed, risk, flagged, vetoed = self._step
         executed = self.executed(actions, arrival.infos)
-        rows = zip(arrival.infos, risk.tolist(), flagged.tolist(), vetoed.tolist(), strict=True)
-        for i, (info, r, flag, veto) in enumerate(rows):
-            info.update(
-                self._told(r, flag, veto or bool(info.get("qa/vetoed", False)), plain(proposed[i]), plain(executed[i]))
-            )
+        known = self._about_action and np.array_equal(executed, proposed)  # the risk is the answer, then
+        answers = self.told(risk[:, None] if known else self.answers(actions, arrival))
+        rows = zip(arrival.infos, answers, risk.tolist(), flagged.tolist(), vetoed.tolist(), strict=True)
+        for i, (info, told, r, flag, veto) in enumerate(rows):
+            veto = veto or bool(info.get("qa/vetoed", False))
+            info.update(told, **_verdict(r, flag, veto, plain(proposed[i]), plain(executed[i])))
         if self.penalty:
             raw = arrival.rewards
             arrival.rewards = (raw - self.penalty * vetoed).astype(raw.dtype)
@@ -183,15 +194,15 @@ class VetoRule(Rule):
         assert self.values is not None
         return self.values.any_action
 
-    def _told(self, risk: float, flagged: bool, vetoed: bool, proposed: Any, executed: Any) -> Info:
-        return {
-            f"qa/{self.question}": risk,
-            "qa/risk": risk,
-            "qa/catastrophe": flagged,
-            "qa/vetoed": vetoed,
-            "qa/proposed_action": proposed,
-            "qa/executed_action": executed,
-        }
+    def _called(self, i: int, proposed: Any) -> NDArray[Any]:
+        """What the callable of a user executes instead."""
+        assert callable(self.on_veto)
+        given = self.on_veto(row(self.obs, i), plain(proposed))
+        if np.shape(given) != np.shape(proposed):
+            raise QAError(
+                f"{self.name}'s on_veto callable gave {given!r}; expected an action of {self.space}; return one"
+            )
+        return np.asarray(given, proposed.dtype)
 
     def _candidates(self, actions: NDArray[Any]) -> NDArray[Any]:
         """(n, m, *action_shape): the proposed action, some of the policy's, and some from the whole space."""
@@ -209,8 +220,12 @@ class VetoRule(Rule):
 
     def _index(self, actions: NDArray[Any]) -> NDArray[np.intp]:
         assert self._listed is not None
-        same = actions.reshape(len(actions), 1, -1) == self._listed.reshape(1, len(self._listed), -1)
-        return np.argmax(same.all(axis=2), axis=1)
+        same = (actions.reshape(len(actions), 1, -1) == self._listed.reshape(1, len(self._listed), -1)).all(axis=2)
+        if not same.any(axis=1).all():
+            raise QAError(
+                f"{self.name} got the actions {actions.tolist()}; expected ones in {self.space}; note that SB3's policies count from 0"
+            )
+        return np.argmax(same, axis=1)
 
     def _complain(self, risk: Floats) -> None:
         if not self._warned and not np.isfinite(risk).any(axis=1).all():
@@ -257,13 +272,14 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
     ) -> None:
         RecordConstructorArgs.__init__(
             self,
+            _disable_deepcopy=True,
             question=question,
             threshold=threshold,
             on_veto=on_veto,
             shadow=shadow,
             penalty=penalty,
             seed=seed,
-            qa=qa,
+            qa=recorded(qa),
             unbound=unbound,
         )
         rule = VetoRule("VetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound)
@@ -274,8 +290,8 @@ class VecVetoAction(VecQAWrapper):
     """Veto actions judged catastrophic. Single form: :class:`VetoAction`.
 
     Every ``info`` (and ``reset_infos``) tells ``qa/risk`` (of the proposed action), ``qa/catastrophe`` (judged so),
-    ``qa/vetoed`` (another action was executed), ``qa/proposed_action`` and ``qa/executed_action``. A risk that is not
-    finite counts as a catastrophe.
+    ``qa/vetoed`` (another action was executed), ``qa/proposed_action`` and ``qa/executed_action``, and the answer to the
+    question as :class:`VecAnswerQuestions` does: about the executed action. A risk that is not finite counts as a catastrophe.
 
     :param question: key of a yes/no instance about ``{action}``, yes being the catastrophe
     :param threshold: an action is judged catastrophic when its risk is at least this
@@ -321,7 +337,17 @@ class VecRandomVeto(VecQAWrapper):
         super().__init__(venv, RandomVetoRule("VecRandomVeto", question, rate, seed, qa, unbound), qa)
 
 
-def _all_actions(space: spaces.Space) -> NDArray[Any] | None:
+def _verdict(risk: float, flagged: bool, vetoed: bool, proposed: Any, executed: Any) -> Info:
+    return {
+        "qa/risk": risk,
+        "qa/catastrophe": flagged,
+        "qa/vetoed": vetoed,
+        "qa/proposed_action": proposed,
+        "qa/executed_action": executed,
+    }
+
+
+def _all_actions(space: spaces.Space[Any]) -> NDArray[Any] | None:
     """Every action, (m, *action_shape), where there are few enough to look at each."""
     if isinstance(space, spaces.Discrete):
         return np.arange(space.start, space.start + space.n)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from torch import nn
 
 from sb3_qa.errors import QAError
@@ -33,6 +34,7 @@ class QAPolicyMixin:
     """
 
     qa_head: QAHead
+    action_space: spaces.Space[Any]
 
     def __init__(
         self,
@@ -62,11 +64,11 @@ class QAPolicyMixin:
             action_names=None if action_names is None else list(action_names),
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
-        self.qa_taps = Taps(self)
+        self.qa_taps = Taps(self)  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
         self.qa_head = QAHead(
             catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
-        )  # type: ignore[attr-defined]
+        )
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self._qa_join_optimizer()
@@ -101,11 +103,11 @@ class QAPolicyMixin:
         return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
 
     def _checked_names(self, names: list[str] | None) -> list[str] | None:
-        n = getattr(self.action_space, "n", None)  # type: ignore[attr-defined]
+        n = getattr(self.action_space, "n", None)
         if names is not None and len(names) != n:
             raise QAError(
                 f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
-            )  # type: ignore[attr-defined]
+            )
         return names
 
 

@@ -1,0 +1,88 @@
+"""The examples run as a person runs them: as scripts, from another folder, and write what they say they write."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(example: str, folder: Path, *arguments: str, timeout: float) -> str:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy", "MPLBACKEND": "Agg"}
+    command = [sys.executable, str(EXAMPLES / example), "--out", str(folder / "out"), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout
+    )
+    assert done.returncode == 0, f"{example} failed:\n{done.stdout}"
+    return done.stdout
+
+
+def check_arms(arms: dict, n_steps_at_least: float) -> None:
+    """Every figure is a finite number inside its interval."""
+    assert list(arms) == ["none", "veto", "random"]
+    for figures in arms.values():
+        for name, interval in figures.items():
+            assert all(math.isfinite(value) for value in interval.values()), name
+            assert interval["low"] <= interval["estimate"] <= interval["high"], name
+        assert figures["mean_length"]["estimate"] >= n_steps_at_least
+    assert arms["none"]["vetoes_per_1000"]["estimate"] == 0  # shadow mode never interferes
+
+
+@pytest.mark.timeout(240)
+def test_lunar_lander(tmp_path):
+    pytest.importorskip("Box2D")
+    printed = run("lunar_lander.py", tmp_path, "--fast", timeout=200)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    check_arms(results["arms"], n_steps_at_least=30)
+    assert {"crash[k=10]", "crash[k=100]", "touching", "side[k=50]", "height", "touchdown"} <= set(results["scores"])
+    for key, scores in results["scores"].items():
+        assert scores["count"] > 0, key
+        judged = [value for name, value in scores.items() if name in ("brier", "error", "accuracy")]
+        assert judged and all(math.isfinite(value) and value >= 0 for value in judged), key
+        assert key in printed  # square brackets survive rich
+    words = (tmp_path / "out/results.md").read_text()
+    assert "| veto |" in words and "| crash[k=25] |" in words and "nan" not in words.split("## Answers")[0]
+    assert (tmp_path / "out/figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/episode.gif").read_bytes().startswith(b"GIF8")
+    assert (tmp_path / "out/episode.gif").stat().st_size < 3_000_000
+    assert (tmp_path / "out/lander.qa").stat().st_size > 1000
+    assert "Will I crash within 100 steps if I choose main engine?" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_highway(tmp_path):
+    pytest.importorskip("envpool")
+    pytest.importorskip("highway_env")
+    printed = run(
+        "highway.py", tmp_path, "--timesteps", "8192", "--episodes", "32", "--python-episodes", "4", timeout=500
+    )
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["roads"]) == ["envpool", "highway-env"]
+    for road in results["roads"].values():
+        check_arms(road["arms"], n_steps_at_least=3)
+        assert {"crash[k=5]", "speed", "lane[k=1]"} <= set(road["scores"])
+    assert "Will I crash within 5 steps if I choose FASTER?" in printed
+    assert "| highway-env | veto |" in (tmp_path / "out/results.md").read_text()
+
+
+def test_highway_says_what_to_install(tmp_path):
+    """Without envpool the example names the command that installs it, and not a traceback."""
+    if importlib.util.find_spec("envpool"):
+        (tmp_path / "envpool.py").write_text("raise ModuleNotFoundError('no envpool', name='envpool')")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "highway.py")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "pip install 'sb3-qa[demo,highway]'" in done.stderr and "Traceback" not in done.stderr
