@@ -133,6 +133,6 @@ def _check_horizons(catalogue: Catalogue, n_steps: int) -> None:
         if target.kind != "event" and target.horizon is not None and target.horizon > n_steps:
             name, operator = target.question.name, target.question.truth.operator
             raise QAError(
-                f"question {name!r} asks {operator}() over {target.horizon} steps and a rollout has n_steps={n_steps}; expected no more, as "
+                f"question {name!r} asks {operator}() over {target.horizon} steps, a rollout has n_steps={n_steps}; expected no more, as "
                 f"its truth would never be known; give the algorithm n_steps={target.horizon * 4} or ask about fewer steps"
             )

@@ -118,8 +118,8 @@ class NumberAnswer(Answer):
     @property
     def mean(self) -> Floats:
         """Expected value, shape (n_envs,) or (n_envs, n_actions), in the units of the fact."""
-        mean: Floats = self.probabilities @ self.support
-        return mean
+        # Not `@`, which was seen to warn, now and then, of invalid values that were not there.
+        return np.asarray((self.probabilities * self.support).sum(axis=-1))
 
     @property
     def value(self) -> Floats:

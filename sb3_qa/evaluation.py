@@ -221,7 +221,8 @@ class AnswerRecord:
         chosen = np.unique(np.linspace(0, len(episode) - 1, min(len(episode), MOST_SCORED)).astype(np.intp))
         store, rows, room = self._label(episode, elapsed, state_facts, facts, ends)
         rows, room = rows[chosen], room[chosen]
-        reading = self.qa.read({k: v[chosen] for k, v in obs.items()} if keys is not None else obs[chosen], keep=False)
+        part = {k: v[chosen] for k, v in obs.items()} if isinstance(obs, dict) else obs[chosen]
+        reading = self.qa.read(part, keep=False)
         catalogue = self.qa.catalogue
         about_action = catalogue.n_state_logits < catalogue.n_logits
         action_logits = reading.action_logits(actions[chosen]) if about_action else None

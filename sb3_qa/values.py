@@ -59,7 +59,7 @@ class PointValues:
         blank = np.zeros((*logits.shape[:-1], self.n_state), np.float32)
         return self._read(np.concatenate([blank, logits], axis=-1))
 
-    def of_step(self, before: Reading, actions: NDArray[Any], after: Reading) -> Floats:
+    def of_step(self, before: Reading, actions: NDArray[Any] | None, after: Reading) -> Floats:
         """(n, n_keys): about the actions taken in the states before, and about the states after."""
         if not self.any_action:
             return self.of_states(after)

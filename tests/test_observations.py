@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
-from wrapping import BOTH, IMAGE, KEYS, VECTOR, Toy, Witness, answer, assert_same, make_model, run_vec
+from wrapping import BOTH, IMAGE, KEYS, VECTOR, Toy, Witness, answer, assert_same, make_model, run_vec, toys
 
 from sb3_qa import QAError, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
@@ -62,8 +62,7 @@ transpose = VecTransposeImage
 def nest(order, kind):
     """The environment of an order, from the outside in: "stack(qa(env))" or, with the single forms, "stack(qa env)"."""
 
-    def env(wrap=lambda env: env):
-        return DummyVecEnv([lambda: wrap(Toy(observation_space=SPACES[kind]))] * 2)
+    space = SPACES[kind]
 
     def single(toy):
         return AnswerQuestions(VetoAction(ShapeReward(toy, WEIGHTS), "crash[k=3]", 0.4))
@@ -75,7 +74,11 @@ def nest(order, kind):
         "stack": stack,
         "transpose": transpose,
     }
-    names |= {"monitor": VecMonitor, "env": env(), "qa_env": env(single)}
+    names |= {
+        "monitor": VecMonitor,
+        "env": toys(2, observation_space=space),
+        "qa_env": toys(2, single, observation_space=space),
+    }
     return eval(order, names)
 
 
@@ -146,7 +149,7 @@ def test_what_is_told_is_about_what_the_policy_saw(kind, order):
     live = QuestionAnswerer.from_model(model)
     witness = Witness(live)
     model.learn(64, [QACallback(), witness])
-    assert (witness.n_steps, witness.n_ended) == (32, 12)
+    assert (witness.n_steps, witness.n_ended) == (32, 11)
     infos = [info for step in witness.infos for info in step]
     for info in infos:
         assert info["did"] == info["qa/executed_action"]
@@ -273,7 +276,7 @@ class TestFrozen:
         def single(toy):
             return AnswerQuestions(VetoAction(ShapeReward(toy, WEIGHTS, qa=live), "crash[k=3]", 0.4, qa=live), qa=live)
 
-        within = run_vec(DummyVecEnv([lambda: single(Toy(observation_space=SPACES[kind]))] * 2), ACTIONS)
+        within = run_vec(toys(2, single, observation_space=SPACES[kind]), ACTIONS)
         around = run_vec(qa(nest("env", kind), qa=live), ACTIONS)
         for left, right in zip(within, around, strict=True):
             assert_same(left, right)
@@ -329,7 +332,7 @@ class TestFrozen:
         if form == "vector":
             inside = VecAnswerQuestions(nest("env", "vector"), qa=frozen)
         else:
-            inside = DummyVecEnv([lambda: AnswerQuestions(Toy(), qa=frozen)] * 2)
+            inside = toys(2, lambda toy: AnswerQuestions(toy, qa=frozen))
         env = VecNormalize(inside)
 
         class Raw(Witness):
@@ -343,7 +346,7 @@ class TestFrozen:
 
         raw = Raw()
         make_model(env).learn(64, [QACallback(), raw])
-        assert raw.n_steps == 64 - 12
+        assert raw.n_steps == 64 - 11
 
 
 class Halve(VecEnvWrapper):

@@ -31,7 +31,12 @@ KEYS = ["bad[k=6]", "fine", "until", "level", "sum", "side", "bad_now"]
 def make_model(observation: str = "vector", action: str = "discrete", **policy_kwargs: Any) -> PPO:
     kwargs = dict(questions=QUESTIONS, **policy_kwargs)
     return PPO(
-        qa_policy(PPO, POLICIES[observation]), make_env(observation, action), n_steps=8, batch_size=24, seed=1, policy_kwargs=kwargs
+        qa_policy(PPO, POLICIES[observation]),
+        make_env(observation, action),
+        n_steps=8,
+        batch_size=24,
+        seed=1,
+        policy_kwargs=kwargs,
     )
 
 

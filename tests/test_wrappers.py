@@ -163,8 +163,10 @@ class TestWhatIsTold:
     @pytest.mark.parametrize(("name", "form"), FORMS)
     def test_keys_and_types_on_every_step_and_at_reset(self, qa, name, form):
         keys = WRAPPERS[name][3]
-        for moments in trajectories(name, form, qa):
-            assert sum(moment.before is None for moment in moments) == 5
+        each = trajectories(name, form, qa)
+        resets = [sum(moment.before is None for moment in moments) for moments in each]
+        assert resets == ([5] if form == "single" else [5, 4, 4])
+        for moments in each:
             for moment in moments:
                 assert moment.told.keys() == keys
                 for key, value in moment.told.items():
@@ -237,21 +239,23 @@ class TestForms:
         single, vector, arguments, _ = WRAPPERS[name]
         each = run_vec(vector(toys(n), qa=qa, **arguments), ACTIONS[:, :n])
         for i, moments in enumerate(each):
-            assert_same(run_single(single(Toy(), qa=qa, **arguments), ACTIONS[:, i], seed=7 + i), moments)
+            env = single(Toy(length=5 + i), qa=qa, **arguments)
+            assert_same(run_single(env, ACTIONS[:, i], seed=7 + i), moments)
 
     @pytest.mark.parametrize("n", [1, 3])
     def test_nested_forms_agree(self, qa, n):
-        def single():
-            env = ShapeReward(Toy(), WEIGHTS, qa=qa)
-            env = VetoAction(env, "crash[k=3]", 0.5, penalty=0.5, qa=qa)
-            return AnswerQuestions(env, qa=qa)
+        def inner(toy):
+            return VetoAction(ShapeReward(toy, WEIGHTS, qa=qa), "crash[k=3]", 0.5, penalty=0.5, qa=qa)
+
+        def single(toy):
+            return AnswerQuestions(inner(toy), qa=qa)
 
         venv = VecVetoAction(VecShapeReward(toys(n), WEIGHTS, qa=qa), "crash[k=3]", 0.5, penalty=0.5, qa=qa)
         outside = run_vec(VecAnswerQuestions(venv, qa=qa), ACTIONS[:, :n])
-        within = run_vec(DummyVecEnv([single] * n), ACTIONS[:, :n])
-        mixed = run_vec(VecAnswerQuestions(DummyVecEnv([lambda: single().env] * n), qa=qa), ACTIONS[:, :n])
+        within = run_vec(toys(n, single), ACTIONS[:, :n])
+        mixed = run_vec(VecAnswerQuestions(toys(n, inner), qa=qa), ACTIONS[:, :n])
         for i in range(n):
-            alone = run_single(single(), ACTIONS[:, i], seed=7 + i)
+            alone = run_single(single(Toy(length=5 + i)), ACTIONS[:, i], seed=7 + i)
             assert any(moment.told["qa/vetoed"] for moment in alone)
             assert_same(alone, outside[i])
             assert_same(alone, within[i])
@@ -323,7 +327,7 @@ class TestBinding:
             assert {"crashed", "speed", "lane"} <= info.keys()
             assert info["qa/executed_action"] == -1
         assert witness.n_steps == 32
-        assert witness.n_ended == 12
+        assert witness.n_ended == 11
         for info in venv.reset_infos:  # and after the resets that follow by themselves
             assert {key for key in info if key.startswith("qa/")} == ALL | VERDICT
 
@@ -331,7 +335,7 @@ class TestBinding:
         "wrap", [lambda env: AnswerQuestions(env), lambda env: Monitor(AnswerQuestions(Monitor(env)))]
     )
     def test_single_wrappers_are_bound_in_learn(self, wrap):
-        env = DummyVecEnv([lambda: wrap(Toy())] * 2)
+        env = toys(2, wrap)
         model = make_model(env)
         told = []
 
@@ -348,7 +352,7 @@ class TestBinding:
         model.learn(64, [QACallback(), witness])
         assert len(told) == 2
         assert witness.n_steps == 32
-        assert witness.n_ended == 12
+        assert witness.n_ended == 11
 
     def test_an_environment_given_to_the_model_bare_is_bound(self):
         model = make_model(AnswerQuestions(Toy()))
@@ -368,7 +372,9 @@ class TestBinding:
                 process.terminate()
 
     def test_a_saved_answerer_goes_into_processes_of_their_own(self, saved):
-        env = SubprocVecEnv([lambda: AnswerQuestions(Toy(), qa=saved)] * 2, start_method="fork")
+        env = SubprocVecEnv(
+            [lambda i=i: AnswerQuestions(Toy(length=5 + i), qa=saved) for i in range(2)], start_method="fork"
+        )
         within = run_vec(env, ACTIONS[:, :2])
         env.close()
         for moments, same in zip(within, run_vec(VecAnswerQuestions(toys(2), qa=saved), ACTIONS[:, :2]), strict=True):

@@ -85,8 +85,9 @@ class Toy(gym.Env):
         return array
 
 
-def toys(n=1, **arguments):
-    return DummyVecEnv([lambda: Toy(**arguments)] * n)
+def toys(n=1, wrap=lambda env: env, **arguments):
+    """Environments whose episodes last 5, 6, ... steps, so that they do not end together."""
+    return DummyVecEnv([lambda i=i: wrap(Toy(length=5 + i, **arguments)) for i in range(n)])
 
 
 def make_model(env, base="MlpPolicy", questions=QUESTIONS, **arguments):

@@ -256,8 +256,10 @@ class VecQAWrapper(VecEnvWrapper):
             self.rule.obs = obs
             self._begin(ended)
             return obs, rewards, dones, infos
-        cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
-        arrival = Arrival(obs, rewards, dones, dones & ~cut, infos)
+        terminated = np.array(dones)
+        for i in ended.tolist():
+            terminated[i] = not infos[i].get("TimeLimit.truncated", False)
+        arrival = Arrival(obs, rewards, dones, terminated, infos)
         self.rule.arrive(self._actions, arrival)
         self.rule.obs = obs
         self._begin(ended)
@@ -319,7 +321,9 @@ def check_around(wrapper: QAWrapper | VecQAWrapper, around: list[Any]) -> None:
             )
 
 
-def check_spaces(name: str, qa: QuestionAnswerer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+def check_spaces(
+    name: str, qa: QuestionAnswerer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> None:
     """Refuse an answerer that learnt from another kind of observations or actions.
 
     :raises QAError: naming both

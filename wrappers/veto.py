@@ -62,6 +62,15 @@ class VetoRule(AnswerRule):
     Beside that it tells the answer to its question as :class:`~sb3_qa.wrappers.answer.AnswerRule` does.
     """
 
+    question: str
+    threshold: float
+    on_veto: OnVeto
+    shadow: bool
+    penalty: float
+    rng: np.random.Generator
+    _seed: int
+    _warned: bool
+
     def __init__(
         self,
         name: str,
@@ -147,7 +156,7 @@ class VetoRule(AnswerRule):
         rows = np.flatnonzero(flagged)
         if len(rows) and not self.shadow:
             if callable(self.on_veto):
-                replacement = np.stack([self._called(i, actions[i]) for i in rows])
+                replacement = np.stack([self._called(i, actions[i]) for i in rows.tolist()])
             else:
                 candidates = self._spread(self._listed) if self._listed is not None else self._candidates(actions)
                 risk = self.risk(candidates) if risk is None else risk
@@ -244,7 +253,7 @@ class RandomVetoRule(VetoRule):
         super().__init__(name, question, 1.0, "safest", False, 0.0, seed, qa, unbound)
         if isinstance(rate, bool) or not isinstance(rate, Real) or not 0.0 <= rate <= 1.0:
             raise QAError(f"{name} got rate={rate!r}; expected the share of steps to veto, in [0, 1]; give e.g. 0.05")
-        self.rate = float(rate)
+        self.rate: float = float(rate)
 
     def judge(self, risk: Floats) -> Bools:
         return self.rng.random(len(risk)) < self.rate
