@@ -18,7 +18,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
 from sb3_qa.wrappers.shape import ShapeRule
-from sb3_qa.wrappers.shell import check_around, qa_wrappers
+from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
 __all__ = ["QACallback", "bind_wrappers"]
 
@@ -59,6 +59,7 @@ class QACallback(BaseCallback):
         _check_horizons(self._policy.qa_head.catalogue, self.model.n_steps)
         answerer = QuestionAnswerer.from_model(self.model)
         bind_wrappers(self.model.get_env(), answerer, self.model.gamma)
+        _check_same_observations(self.model.get_env(), self.model._last_obs)
         for env in _eval_envs(self.locals.get("callback")):
             bind_wrappers(env, answerer, self.model.gamma)
         joint = self._policy.qa_joint
@@ -112,6 +113,24 @@ def bind_wrappers(env: VecEnv | None, answerer: QuestionAnswerer, gamma: float |
         if isinstance(rule, ShapeRule) and rule.gamma is None:
             rule.discount = gamma
         wrapper.bind(answerer)
+
+
+def _check_same_observations(env: VecEnv | None, seen: Any) -> None:
+    """Refuse wrappers inside something that changes the values of observations, though not their shape.
+
+    :param seen: what the policy is about to act on
+    """
+    for wrapper, around in qa_wrappers(env):
+        obs = wrapper.rule.obs
+        if wrapper.rule.own or not isinstance(wrapper, VecQAWrapper) or obs is None or seen is None:
+            continue
+        pairs = [(obs[key], seen[key]) for key in obs] if isinstance(obs, dict) else [(obs, seen)]
+        if any(a.shape == b.shape and not np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs):
+            name, outer = type(wrapper).__name__, type(around[0]).__name__ if around else "an environment"
+            raise QAError(
+                f"{name} stands inside {outer}, and sees other values than the policy does; expected the same observations; put "
+                f"it outside: {name}({outer}(env, ...), ...)"
+            )
 
 
 def _eval_envs(callback: Any) -> Iterator[VecEnv]:

@@ -12,7 +12,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
 from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import EpisodeLog, score_questions
 from sb3_qa.facts import FactReader
@@ -193,8 +193,8 @@ class Rollout:
 
     def _raw_obs(self, obs: Any) -> Any:
         """Observations before VecNormalize, for facts in the environment's own units."""
-        normalize = self.model.get_vec_normalize_env()
-        return obs if normalize is None or not normalize.norm_obs else normalize.unnormalize_obs(obs)
+        normalize = observation_normalizer(self.model.get_env())
+        return obs if normalize is None else normalize.unnormalize_obs(obs)
 
     def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
         """The environment's own rewards: before shaping wrappers, and before VecNormalize."""

@@ -2,7 +2,7 @@
 
     python examples/lunar_lander.py
 
-PPO learns LunarLander-v3 and, in the same gradient updates, to answer questions: "Will I crash within 25 steps if I choose
+PPO learns LunarLander-v3 and, in the same gradient updates, to answer questions: "Will I crash within 5 steps if I choose
 main engine?", "Which side of the pad will I be on?", "How long until I touch down?". Then it plays the same episodes
 three times, action noise included in all of them (it samples, as in training: that is the agent the answers are about):
 
@@ -52,17 +52,17 @@ EVAL_SEED = 10_000  # of the first reported episode; tuning was done on other ep
 
 @dataclass
 class Args:
-    timesteps: int = 300_000
-    """Environment steps to train for."""
+    timesteps: int = 100_000
+    """Decisions to train for, each of four frames."""
     n_envs: int = 16
     """Environments side by side."""
     seed: int = 0
     """Of the training run, and of the action noise afterwards."""
-    episodes: int = 200
+    episodes: int = 300
     """Episodes in each of the three arms."""
-    question: str = "crash[k=10]"
+    question: str = "crash[k=5]"
     """The question whose answer is the risk."""
-    threshold: float = 0.5
+    threshold: float = 0.2
     """An action is vetoed when its risk is at least this."""
     out: Path = Path("outputs/lunar_lander")
     """Where results go."""
@@ -145,7 +145,7 @@ def train(args: Args) -> PPO:
         gamma=0.99,
         gae_lambda=0.95,
         ent_coef=0.002,
-        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS),
+        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, qa_net_arch=[256]),
         seed=args.seed,
         device="cpu",
     )
@@ -174,6 +174,7 @@ def compare(args: Args, model: PPO, qa: QuestionAnswerer) -> tuple[dict[str, Epi
 
 
 def landed(episodes: Episodes) -> np.ndarray:
+    """LunarLander gives 100 for coming to rest."""
     return np.array([trace.rewards[-1] >= 50 for trace in episodes.traces])
 
 
@@ -270,10 +271,10 @@ def draw_figure(args: Args, arms: dict[str, Episodes], record: AnswerRecord, epi
 
 
 def replay(
-    args: Args, qa: QuestionAnswerer, trace: Trace, episode: int, title: str, every: int = 5
+    args: Args, qa: QuestionAnswerer, trace: Trace, episode: int, title: str, every: int = 2
 ) -> list[np.ndarray]:
     """Frames of an episode that was played: its seed and its actions bring it back exactly."""
-    env = gym.make(ENV, render_mode="rgb_array")
+    env = make(render_mode="rgb_array")
     obs, _ = env.reset(seed=EVAL_SEED + episode)
     frames = []
     for n, action in enumerate(trace.actions):
@@ -282,7 +283,7 @@ def replay(
             risk = qa.ask(args.question, obs).probability
             place = qa.ask("side[k=10]", obs)
             lines = [(f"crash, {name}?", float(p), f"{p:.2f}") for name, p in zip(ACTIONS, risk, strict=True)]
-            lines.append(("over the pad in 50?", float(place.probabilities[1]), f"{place.probabilities[1]:.2f}"))
+            lines.append(("over the pad in 10?", float(place.probabilities[1]), f"{place.probabilities[1]:.2f}"))
             lines.append(
                 (
                     f"height {float(qa.ask('height', obs)):.1f} m, touchdown in {float(qa.ask('touchdown', obs)):.0f}",
@@ -330,8 +331,8 @@ def main(args: Args) -> None:
         print_table(console, title, rows)
     note = "\\* flagged, not vetoed. Every arm plays the same episodes (seeds); actions are sampled, as in training."
     console.print(note.lstrip("\\"))
-    obs, _ = gym.make(ENV).reset(seed=EVAL_SEED)
-    question = "Will I crash within 100 steps if I choose main engine?"
+    obs, _ = make().reset(seed=EVAL_SEED)
+    question = "Will I crash within 40 steps if I choose main engine?"
     console.print(f"Asked in words, at the start of the first episode: {question} {float(qa.ask(question, obs)):.2f}")
 
     episode = telling_episode(arms)

@@ -12,6 +12,8 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
@@ -86,7 +88,12 @@ class Reading:
 
     def log_prob(self, actions: NDArray[Any]) -> Floats:
         """The policy's log-probability of candidates (n, m, *action_shape): (n, m)."""
-        if self._policy.squash_output:
+        space = self._policy.action_space
+        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+            actions = actions - space.start
+        elif isinstance(space, spaces.MultiBinary):
+            actions = actions.astype(np.float32)
+        elif self._policy.squash_output:
             actions = self._policy.scale_action(actions)
         with torch.no_grad():
             distribution = self.distribution()
@@ -95,6 +102,8 @@ class Reading:
 
     def _for_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
         space = self._policy.action_space
+        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+            return actions + space.start  # the policy counts from 0
         if not isinstance(space, spaces.Box):
             return actions
         if self._policy.squash_output:
@@ -139,8 +148,8 @@ class QuestionAnswerer:
                 f"the model's policy is a {type(model.policy).__name__} without questions; expected one made by qa_policy(); write "
                 f"{type(model).__name__}(qa_policy({type(model).__name__}), env, policy_kwargs=dict(questions=[...]))"
             )
-        normalize = model.get_vec_normalize_env()
-        return cls(model.policy, _names_in(model.get_env()), normalize is not None and normalize.norm_obs)
+        env = model.get_env()
+        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None)
 
     @classmethod
     def load(
@@ -245,11 +254,16 @@ class QuestionAnswerer:
     def _understand(self, question: str) -> tuple[Instance, str | None]:
         if question in self.catalogue.instances:
             return self.catalogue.instances[question], None
-        for pattern, instance in self._texts:
-            match = pattern.fullmatch(question.strip())
-            if match:
-                name = match.groupdict().get("action")
-                return instance, None if name == "{action}" else name
+        matches = [(pattern.fullmatch(question.strip()), instance) for pattern, instance in self._texts]
+        found = [(match, instance) for match, instance in matches if match is not None]
+        if len(found) > 1:
+            keys = [instance.key for _, instance in found]
+            raise QAError(
+                f"{question!r} is the text of {keys}; expected one of them; ask by its key, or put the slot into the text"
+            )
+        for match, instance in found:
+            name = match.groupdict().get("action")
+            return instance, None if name == "{action}" else name
         known = [*self.catalogue.instances, *(instance.text for instance in self.catalogue.instances.values())]
         raise QAError(
             f"the answerer was not taught {question!r}; expected one of {nearest(question, known)}; ask by an instance's key or its text"
@@ -299,6 +313,15 @@ class QuestionAnswerer:
         )
 
 
+def observation_normalizer(env: Any) -> VecNormalize | None:
+    """The VecNormalize around an SB3 environment that normalises observations, if there is one."""
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs:
+            return env
+        env = env.venv
+    return None
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
@@ -312,6 +335,8 @@ def _copy(obs: Any) -> Any:
 def _names_in(env: Any) -> list[str] | None:
     """Names of the actions, where the environment has them: highway-env, ALE and MiniGrid each in its way."""
     if env is None or not isinstance(env.action_space, spaces.Discrete):
+        return None
+    if not isinstance(env.unwrapped, DummyVecEnv):  # asking another process for what it has not may end it
         return None
     n = int(env.action_space.n)
     ways: dict[str, Callable[[Any], list[Any]]] = {

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_qa import Choice, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.policies import qa_policy
-from sb3_qa.truth import now
+from sb3_qa.truth import eventually, now
 from sb3_qa.wrappers import VecVetoAction
 
 KEYS = ["bad[k=6]", "fine", "until", "level", "sum", "side", "bad_now"]
@@ -238,3 +238,10 @@ def test_other_observations_are_refused(saved: Path, obs: Any) -> None:
 def test_models_without_questions_are_refused() -> None:
     with pytest.raises(QAError, match=r"qa_policy\(PPO\)"):
         QuestionAnswerer.from_model(PPO("MlpPolicy", make_env(), n_steps=8, batch_size=24))
+
+
+def test_a_text_that_fits_two_questions_is_refused() -> None:
+    question = Question("bad soon?", eventually("bad", within="k"), k=[1, 5], name="bad")
+    model = PPO(qa_policy(PPO), make_env(), n_steps=8, batch_size=24, policy_kwargs=dict(questions=[question]))
+    with pytest.raises(QAError, match=r"bad\[k=1\]"):
+        QuestionAnswerer.from_model(model).ask("bad soon?", np.zeros((1, 5), np.float32))

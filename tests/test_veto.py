@@ -413,9 +413,6 @@ class TestActionSpaces:
             with pytest.raises(QAError, match=r"got the actions \[1\]; expected ones in Discrete\(3, start=5\)"):
                 env.step(1)
 
-    @pytest.mark.xfail(
-        reason="the policy's own actions count from 0, and a reading does not add the start", strict=True
-    )
     @pytest.mark.parametrize("on_veto", ["safest", "policy"])
     def test_discrete_that_does_not_start_at_nought_by_policy(self, on_veto):
         qa = make_risks([0.9, 0.2, 0.1], spaces.Discrete(3, start=5), [2.0, 1.0, 0.0])
@@ -461,9 +458,6 @@ class TestActionSpaces:
             assert info["qa/executed_action"].tolist() == ([0, 1, 0] if flagged else list(bits))
             assert info["qa/executed_action"].dtype == np.int8
 
-    @pytest.mark.xfail(
-        reason="torch wants floats for the log-probability of bits, and a reading gives it whole numbers", strict=True
-    )
     def test_multi_binary_by_policy(self):
         space = spaces.MultiBinary(3)
         qa = make_risks([0.9, 0.3, 0.6], space, preferences=[2.0, -2.0, 2.0])

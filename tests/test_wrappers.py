@@ -360,7 +360,6 @@ class TestBinding:
         model.learn(32, [QACallback(), witness])
         assert witness.n_steps == 32
 
-    @pytest.mark.xfail(reason="looking for the names of actions ends a worker whose environment has none", strict=True)
     def test_environments_in_processes_of_their_own(self):
         env = SubprocVecEnv([Toy] * 2, start_method="fork")
         try:
