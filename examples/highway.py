@@ -14,11 +14,14 @@ question is at least the threshold, and with as many vetoes at random. Results: 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are small: more threads would wait for each other
 
 import gymnasium as gym
 import numpy as np
@@ -158,7 +161,7 @@ def train(args: Args) -> PPO:
         n_epochs=6,
         learning_rate=5e-4,
         gamma=0.9,
-        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, net_arch=[128, 128]),
+        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, net_arch=[128, 128], qa_net_arch=[256]),
         seed=args.seed,
         device="cpu",
     )
@@ -191,7 +194,7 @@ def shown(interval: Interval, digits: int = 2) -> str:
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)  # the networks are small: more threads would wait for each other
+    torch.set_num_threads(1)
     gym.register_envs(highway_env)
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console()

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are small: more threads would wait for each other
 
 import gymnasium as gym
 import numpy as np
@@ -52,7 +55,7 @@ EVAL_SEED = 10_000  # of the first reported episode; tuning was done on other ep
 
 @dataclass
 class Args:
-    timesteps: int = 100_000
+    timesteps: int = 120_000
     """Decisions to train for, each of four frames."""
     n_envs: int = 16
     """Environments side by side."""
@@ -266,7 +269,7 @@ def draw_figure(args: Args, arms: dict[str, Episodes], record: AnswerRecord, epi
         ax.remove()
     answers = {key: (answer, truth) for key, answer, truth in record.answers() if key.startswith("crash[")}
     curves = {key: reliability(answer.probability, truth) for key, (answer, truth) in answers.items()}
-    plot_reliability(figure.add_subplot(grid[:, 1]), curves, "Calibration on episodes not trained on")
+    plot_reliability(figure.add_subplot(grid[:, 1]), curves, "Calibration on episodes not trained on", least=20)
     figure.savefig(args.out / "figure.png")
 
 
@@ -283,16 +286,13 @@ def replay(
             risk = qa.ask(args.question, obs).probability
             place = qa.ask("side[k=10]", obs)
             lines = [(f"crash, {name}?", float(p), f"{p:.2f}") for name, p in zip(ACTIONS, risk, strict=True)]
-            lines.append(("over the pad in 10?", float(place.probabilities[1]), f"{place.probabilities[1]:.2f}"))
-            lines.append(
-                (
-                    f"height {float(qa.ask('height', obs)):.1f} m, touchdown in {float(qa.ask('touchdown', obs)):.0f}",
-                    None,
-                    "",
-                )
-            )
+            lines.append(("over the pad in 10 steps?", None, f"{place.probabilities[1]:.2f}"))
+            lines.append(("height now", None, f"{float(qa.ask('height', obs)):.1f} m"))
+            lines.append(("steps until touchdown", None, f"{float(qa.ask('touchdown', obs)):.0f}"))
             recent = trace.vetoed[max(n - every + 1, 0) : n + 1].any()
-            frames.append(draw_answers(small, lines, title=title + (" - VETO" if recent else ""), alarm=args.threshold))
+            frames.append(
+                draw_answers(small, lines, title=f"{title}{' - VETO' if recent else ''}", alarm=args.threshold)
+            )
         obs, *_ = env.step(action)
     env.close()
     return frames
@@ -311,7 +311,7 @@ def draw_gif(args: Args, qa: QuestionAnswerer, arms: dict[str, Episodes], episod
 def main(args: Args) -> None:
     if args.fast:
         args.timesteps, args.episodes, args.n_envs = 4_096, 8, 4
-    torch.set_num_threads(1)  # the networks are small: more threads would wait for each other
+    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:

@@ -36,20 +36,21 @@ def new_figure(
     return figure, figure.subplots(rows, columns, **options)
 
 
-def plot_reliability(axes: Any, curves: Mapping[str, Reliability], title: str = "") -> None:
+def plot_reliability(axes: Any, curves: Mapping[str, Reliability], title: str = "", least: int = 1) -> None:
     """Draw what was said against what happened; a calibrated answerer is on the diagonal (Murphy and Winkler 1977).
 
     Bars are 95 % Wilson intervals, the area of a point grows with the number of answers in its bin.
 
     :param axes: of matplotlib
     :param curves: by label, from :func:`sb3_qa.scores.reliability`
+    :param least: bins with fewer answers are left out
     """
     if not curves:
         raise QAError("plot_reliability got no curves; expected at least one; give {label: scores.reliability(...)}")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", zorder=1)
     for n, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[n % len(COLOURS)]
-        there = curve.count > 0
+        there = curve.count >= max(least, 1)
         x, y = curve.probability[there], curve.frequency[there]
         error = np.clip(np.stack([y - curve.low[there], curve.high[there] - y]), 0.0, None)
         axes.errorbar(x, y, error, color=colour, linewidth=1.2, elinewidth=1, zorder=2)
@@ -58,7 +59,7 @@ def plot_reliability(axes: Any, curves: Mapping[str, Reliability], title: str = 
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="probability answered", ylabel="how often it happened")
     axes.set_aspect("equal")
     axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def plot_risk(
@@ -102,7 +103,7 @@ def plot_risk(
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.97))
 
 
 def draw_answers(
