@@ -99,6 +99,8 @@ class QAHead(nn.Module):
         self._shapes: list[tuple[int, ...]] = [(self.n_logits, self.width), (self.n_logits,), (n_features, self.width)]
         for n_in, n_out in itertools.pairwise(widths):
             self._shapes += [(n_out, n_in), (n_out,)]
+        stops = list(itertools.accumulate(math.prod(shape) for shape in self._shapes))
+        self._places = list(zip([0, *stops], stops, self._shapes, strict=False))
         generator = torch.Generator().manual_seed(seed)
         rows, bias = initial_rows(encoder, catalogue, self.width, generator)
         parts = [rows, bias, torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0)]
@@ -117,13 +119,7 @@ class QAHead(nn.Module):
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
-        views: list[Array] = []
-        start = 0
-        for shape in self._shapes:
-            stop = start + math.prod(shape)
-            views.append(flat[start:stop].reshape(shape))
-            start = stop
-        rows, bias, action, *layers = views
+        rows, bias, action, *layers = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
         return Weights(rows, bias, action, list(zip(layers[::2], layers[1::2], strict=True)))
 
     def _numpy(self) -> Weights:
@@ -202,7 +198,7 @@ class QAHead(nn.Module):
     def _gradients(
         self, xp: Any, w: Weights, z: Array, features: Array, y: Array, weight: Array
     ) -> tuple[Array, Array, Array]:
-        d_flat = xp.empty_like(w.bias, shape=self.flat.shape) if xp is np else torch.empty_like(self.flat)
+        d_flat = np.empty(self.flat.shape, np.float32) if xp is np else torch.empty_like(self.flat)
         d = self.weights(d_flat)
         n_state, n = self.n_state, len(z)
         inputs, hidden = [z], z  # inputs of each layer
