@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa.errors import QAError
-from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
+from sb3_qa.questions import Catalogue, Choice, Number, Target, YesNo, nearest
 from sb3_qa.truth import Step, fact_slots
 
 __all__ = ["FactReader"]
@@ -142,9 +142,3 @@ class FactReader:
                     f"{what} of question {signal.question.name!r} never appeared; {got}; expected it at least once by now; name a key "
                     f"that is there, or give a callable if it is told only now and then, e.g. {mend}"
                 )
-
-
-def describe(question: Question) -> str:
-    """The fact of a question in words, for people."""
-    fact = question.truth.fact
-    return repr(fact) if isinstance(fact, str) else getattr(fact, "__name__", "a callable")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sb3_qa.errors import QAError
-from sb3_qa.facts import FactReader, describe
+from sb3_qa.facts import FactReader
 from sb3_qa.questions import Catalogue, Choice, Number, Question
-from sb3_qa.truth import Step, after, always, eventually, now, peak, steps_until
+from sb3_qa.truth import Step, after, always, eventually, now, steps_until
 
 
 def reader_of(*questions):
@@ -306,12 +306,3 @@ class TestNeverSeen:
         reader.read([{"fact": None}])
         with pytest.raises(QAError, match="never appeared"):
             reader.check_seen({"fact": None})
-
-
-def test_describe():
-    def near(step):
-        return True
-
-    assert describe(ask("near_{car}", car="van")) == "'near_{car}'"
-    assert describe(ask(near)) == "near"
-    assert describe(Question("?", peak(partial(near), over=2), Number(0, 1))) == "a callable"
