@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=16_384, help="environment steps of a run (one PPO iteration: 16,384)"
+        "--steps", type=int, default=49_152, help="environment steps of a run (a PPO iteration has 16,384)"
     )
     parser.add_argument("--no-history", action="store_true", help="do not append to history.jsonl")
     args = parser.parse_args()
