@@ -3,12 +3,15 @@
     python examples/lunar_lander.py
 
 PPO learns LunarLander-v3 and, in the same gradient updates, to answer questions: "Will I crash within 5 steps if I choose
-main engine?", "Which side of the pad will I be on?", "How long until I touch down?". Then it plays the same episodes
-three times, action noise included in all of them (it samples, as in training: that is the agent the answers are about):
+main engine?", "Which side of the pad will I be on?", "How long until I touch down?". Then it plays from
+the same seeds three times (it samples its actions, as in training: that is the agent the answers are about):
 
     none    without interference; the veto only watches ("shadow")
     veto    actions whose answer to the crash question is at least the threshold are replaced by the safest one
     random  as many actions are replaced, but at random: what interfering alone does
+
+An action is held for four frames and an episode lasts 100 actions at most. Half-trained landers crash and hover often, better
+ones hardly ever crash: the budget is set in between, where there is something to see.
 
 What comes out goes to the terminal and to outputs/lunar_lander/: results.md, results.json, figure.png, episode.gif, and the
 answerer itself, lander.qa.
@@ -182,7 +185,7 @@ def landed(episodes: Episodes) -> np.ndarray:
 
 
 def paired(arms: dict[str, Episodes], arm: str) -> dict[str, Interval]:
-    """What an arm changed in the very same episodes."""
+    """What an arm changed, seed by seed; actions are sampled, so a part of it is chance, which the random arm shows too."""
     before, after_ = arms["none"], arms[arm]
     changed = {
         "crashes per episode": after_.catastrophes - before.catastrophes,
@@ -219,7 +222,7 @@ def paired_table(arms: dict[str, Episodes]) -> tuple[str, Rows]:
     rows = [["against none, per episode", *changes["veto"]]]
     for arm, change in changes.items():
         rows.append([arm, *(shown(value, 0 if name == "return" else 3) for name, value in change.items())])
-    return "What changed in the same episodes", rows
+    return "What changed from the same seeds", rows
 
 
 def scores_table(scores: dict[str, dict[str, float]]) -> tuple[str, Rows]:
@@ -250,8 +253,8 @@ def markdown(title: str, rows: Rows) -> str:
 # --- Pictures ------------------------------------------------------------------------------------------------------------
 def telling_episode(arms: dict[str, Episodes]) -> int:
     """The shortest episode that crashed without the veto and landed with it, or else one with vetoes. Picked to be looked at."""
-    saved = (arms["none"].catastrophes > 0) & landed(arms["veto"])
     vetoed = arms["veto"].vetoes > 0
+    saved = (arms["none"].catastrophes > 0) & vetoed & landed(arms["veto"])
     wanted = saved if saved.any() else vetoed if vetoed.any() else np.ones_like(saved)
     return int(np.argmin(np.where(wanted, arms["veto"].lengths, np.inf)))
 
@@ -329,7 +332,7 @@ def main(args: Args) -> None:
     tables = [arms_table(arms), paired_table(arms), scores_table(scores)]
     for title, rows in tables:
         print_table(console, title, rows)
-    note = "\\* flagged, not vetoed. Every arm plays the same episodes (seeds); actions are sampled, as in training."
+    note = "\\* flagged, not vetoed. Every arm starts from the same seeds; actions are sampled, so some changes are chance: see random."
     console.print(note.lstrip("\\"))
     obs, _ = make().reset(seed=EVAL_SEED)
     question = "Will I crash within 40 steps if I choose main engine?"
