@@ -528,6 +528,19 @@ class TestActionSpaces:
             ]
             assert did[0] < -0.8
 
+    def test_the_policys_own_actions_are_among_the_candidates(self):
+        """In six dimensions, 32 draws from the whole space come nowhere near to a policy that hardly varies."""
+        space = spaces.Box(-1, 1, (6,), np.float32)
+        qa = prefer(make_qa(action_space=space), [0.3] * 6)
+        with torch.no_grad():
+            qa.policy.log_std.fill_(-3.0)
+        env = VetoAction(Toy(space), "crash[k=3]", 0.0, on_veto="safest", qa=qa)
+        env.rule.risk = lambda actions: (  # the farther from the policy's mean, the higher
+            np.abs(actions - 0.3).max(axis=-1).astype(np.float32) / 2
+        )
+        env.rule.begin = lambda index: [{}]
+        assert np.abs(once(env, np.ones(6, np.float32))["did"] - 0.3).max() < 0.2
+
     def test_candidates_follow_the_seed_and_draw_on_no_other_stream(self):
         space = spaces.Box(-1, 1, (2,), np.float32)
         qa = make_qa(action_space=space)

@@ -1,5 +1,6 @@
 """What every question-answering wrapper promises: what it tells and of which states, its forms, its binding."""
 
+import threading
 import warnings
 
 import gymnasium as gym
@@ -542,6 +543,25 @@ class TestGymnasium:
             AnswerQuestions(Toy(), qa=qa),
         ):
             assert env.rule.qa is qa
+
+    def test_callables_are_taken_as_they_are(self, qa):
+        """A method may belong to what cannot be copied."""
+
+        class Human:
+            def __init__(self):
+                self.lock = threading.Lock()
+
+            def act(self, obs, action):
+                return 2
+
+            def reward(self, told):
+                return 0.5
+
+        human = Human()
+        env = VetoAction(ShapeReward(Toy(), human.reward, qa=qa), "crash[k=3]", 0.0, on_veto=human.act, qa=qa)
+        env.reset(seed=0)
+        info = env.step(0)[4]
+        assert (info["did"], info["qa/shaping_reward"]) == (2, 0.5)
 
     def test_spec_keeps_the_arguments_as_they_were(self, pole):
         rewards, questions = {"danger": -1.0}, ["speed"]
