@@ -30,7 +30,7 @@ class Reading:
     """What has been read of a batch of observations, once; any number of questions are answered from it.
 
     :param answerer: who reads
-    :param obs: observations as the policy sees them, tensors of (n, ...)
+    :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
     """
 
     def __init__(self, answerer: QuestionAnswerer, obs: Any) -> None:
@@ -38,7 +38,7 @@ class Reading:
         self._head: QAHead = self._policy.qa_head
         self._obs = obs
         self._latents = self._policy.qa_taps.read(self._policy, obs)
-        self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents).cpu().numpy())
+        self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
         self._state_logits: Floats | None = None
 
     def __len__(self) -> int:
@@ -184,8 +184,7 @@ class QuestionAnswerer:
     @property
     def version(self) -> int:
         """A number that changes whenever the weights do."""
-        head = self.policy.qa_head.flat
-        version: int = self.policy.qa_taps.version(self.policy) + head._version
+        version: int = self.policy.qa_taps.version(self.policy) + self.policy.qa_head.version
         return version
 
     def ask(self, question: str, obs: Any, action: Any = None) -> Answer:
@@ -203,8 +202,8 @@ class QuestionAnswerer:
             raise QAError(
                 f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one"
             )
-        tensor, batched = self._to_tensor(obs)
-        reading = self._read_tensor(tensor)
+        batch, batched = self._batch(obs)
+        reading = Reading(self, batch)
         actions = self._actions(instance, named if named is not None else action, len(reading))
         logits = reading.logits(instance, actions)
         return decode(instance, logits if batched else logits[0])
@@ -217,7 +216,7 @@ class QuestionAnswerer:
         version = self.version
         if self._last is not None and self._last[1] == version and _same(self._last[0], obs):
             return self._last[2]
-        reading = self._read_tensor(self._to_tensor(obs)[0])
+        reading = Reading(self, self._batch(obs)[0])
         if keep:
             self._last = (_copy(obs), version, reading)
         return reading
@@ -226,21 +225,11 @@ class QuestionAnswerer:
         """A fast reader of the point values of these instances, see :class:`~sb3_qa.values.PointValues`."""
         return PointValues(self.catalogue, keys)
 
-    def _read_tensor(self, obs: Any) -> Reading:
-        training = self.policy.training
-        if training:
-            self.policy.set_training_mode(False)
-        try:
-            return Reading(self, obs)
-        finally:
-            if training:
-                self.policy.set_training_mode(True)
-
-    def _to_tensor(self, obs: Any) -> tuple[Any, bool]:
-        if isinstance(obs, np.ndarray) and obs.ndim > 1 and obs.shape[1:] == self.policy.observation_space.shape:
-            return torch.as_tensor(
-                obs, device=self.policy.qa_head.flat.device
-            ), True  # a batch as it should be: nothing to find out
+    def _batch(self, obs: Any) -> tuple[Any, bool]:
+        """A batch of observations (arrays, or tensors where SB3 had to look at them), and whether it was one before."""
+        space = self.policy.observation_space
+        if isinstance(obs, np.ndarray) and obs.ndim > 1 and obs.shape[1:] == space.shape:
+            return obs, True  # as it should be: nothing to find out
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched

@@ -22,7 +22,7 @@ def initial_rows(
     """Rows (n_logits, width) and biases (n_logits,) of the encoder ``"index"``: a row of its own for every logit."""
     if encoder != "index":
         raise QAError(f"qa_encoder got {encoder!r}; expected 'index'; leave it out")
-    rows = torch.randn(catalogue.n_logits, width, generator=generator) * 0.1
+    rows = torch.randn(catalogue.n_logits, width, generator=generator) * 0.025  # logits start near their biases
     return rows, torch.cat([_initial_bias(target) for target in catalogue.targets])
 
 

@@ -17,6 +17,10 @@ from sb3_qa.truth import Step, fact_slots
 __all__ = ["FactReader"]
 
 
+_BOOLS: frozenset[type] = frozenset([bool, np.bool_])
+_NUMBERS: frozenset[type] = frozenset([float, int, np.float32, np.float64])
+
+
 class _Signal:
     """One fact of one question, as a float: 0/1, the index of an option, or a number; nan where it is not there."""
 
@@ -24,7 +28,9 @@ class _Signal:
         self.question = target.question
         self.fact = target.question.truth.fact
         self.answer = YesNo() if target.question.truth.is_event else target.question.answer
-        self._is_bool = isinstance(self.answer, YesNo)
+        self._common: frozenset[type] = _BOOLS if isinstance(self.answer, YesNo) else frozenset()
+        if isinstance(self.answer, Number):
+            self._common = _NUMBERS
         self.seen = False
         self.key: str | None = None
         self.call: Callable[[Step], Any] | None = None
@@ -57,7 +63,7 @@ class _Signal:
 
     def convert(self, values: list[Any]) -> list[float]:
         """Values of a fact as floats; None, where it is absent, as nan."""
-        if self._is_bool and all(value is True or value is False for value in values):  # the common case
+        if self._common.issuperset(map(type, values)) and all(map(math.isfinite, values)):  # nothing to be done
             self.seen = True
             return values
         return [float("nan") if value is None else self._convert(value) for value in values]

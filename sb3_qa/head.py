@@ -29,6 +29,9 @@ Floats = NDArray[np.float32]
 Array = Any  # a numpy array or a torch tensor
 
 
+LONGEST_AVERAGE = 500  # updates that answers are averaged over
+
+
 class Weights(NamedTuple):
     """The head's weights: views into its flat parameter, or their gradients."""
 
@@ -58,8 +61,12 @@ class QAHead(nn.Module):
 
     ``hidden`` is what the head makes of the latents before its last non-linearity; a question about the state reads
     tanh(hidden), one about an action reads tanh(hidden + features(a) A), so that what an action does may depend on the
-    state. Logits are scaled by 1/sqrt(width), so that a step of the optimiser moves an answer by as much whatever the
-    width (arXiv 2011.14522).
+    state. Logits are scaled by 4/sqrt(width), so that a step of the optimiser moves an answer by as much whatever the
+    width (arXiv 2011.14522); at 1/sqrt(width) answers about rare events stayed blunt for long.
+
+    Answers are given with a running average of the weights, :attr:`average`: what an agent meets in one rollout pulls the
+    weights to and fro, and the continuations of cut futures are answers too, which then change as slowly as those of a
+    target network.
 
     :param catalogue: the questions
     :param latent_dim: width of the latents (of all readouts together)
@@ -93,7 +100,7 @@ class QAHead(nn.Module):
             self.action_features = ActionFeatures(action_space)
         widths = [latent_dim, *net_arch]
         self.width = widths[-1]
-        self.scale = 1.0 / math.sqrt(self.width)
+        self.scale = 4.0 / math.sqrt(self.width)
         self.blocks = _blocks(catalogue)
         n_features = self.action_features.n_features if self.action_features else 0
         self._shapes: list[tuple[int, ...]] = [(self.n_logits, self.width), (self.n_logits,), (n_features, self.width)]
@@ -112,34 +119,67 @@ class QAHead(nn.Module):
             )
             parts.append(weight)
         self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
-        self._views: tuple[int, Weights] | None = None
+        self.average: torch.Tensor
+        self.n_updates: torch.Tensor
+        self.register_buffer("average", self.flat.detach().clone())
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+        self._views: dict[bool, tuple[int, Weights]] = {}
+        self._followed = self.flat._version  # of the weights that the average has taken in
+        self.register_load_state_dict_post_hook(_both_are_loaded)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": None}
+        return {**self.__dict__, "_views": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._followed = self.flat._version
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever the weights do."""
+        return self.flat._version + self.average._version
+
+    def follow(self) -> None:
+        """Let the weights that answer follow those that learn, after a step of the optimiser.
+
+        The average is over the last tenth of all updates, or the last ``LONGEST_AVERAGE`` of them: it settles while the
+        agent does, and is there from the first update on.
+        Source: the polynomial-decay averaging of Shamir and Zhang 2013 (arXiv 1212.1824).
+        """
+        self.n_updates += 1
+        n = int(self.n_updates)
+        self.average.lerp_(self.flat.detach(), max(10.0 / (10.0 + n), 1.0 / LONGEST_AVERAGE))
+        self._followed = self.flat._version
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
         rows, bias, action, *layers = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
         return Weights(rows, bias, action, list(zip(layers[::2], layers[1::2], strict=True)))
 
-    def _numpy(self) -> Weights:
-        """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
-        flat = self.flat
+    def _numpy(self, *, answering: bool) -> Weights:
+        """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere.
+
+        :param answering: those that answer, or those that learn
+        """
+        flat = self.average if answering else self.flat.detach()
+        if answering and self._followed != self.flat._version:  # written by hand, not by an optimiser
+            self.average.copy_(self.flat.detach())
+            self._followed = self.flat._version
         on_cpu = flat.device.type == "cpu"
         key = flat.data_ptr() if on_cpu else flat._version
-        if self._views is None or self._views[0] != key:
-            self._views = key, self.weights(flat.detach().cpu().numpy())
-        return self._views[1]
+        if answering not in self._views or self._views[answering][0] != key:
+            self._views[answering] = key, self.weights(flat.cpu().numpy())
+        return self._views[answering][1]
 
     def hidden(self, latents: Floats) -> Floats:
         """(n, latent_dim) -> (n, width), before the last non-linearity."""
-        for n, (weight, bias) in enumerate(self._numpy().layers):
+        for n, (weight, bias) in enumerate(self._numpy(answering=True).layers):
             latents = (np.tanh(latents) if n else latents) @ weight.T + bias
         return latents
 
     def state_logits(self, hidden: Floats) -> Floats:
         """(n, width) -> (n, n_state)."""
-        weights = self._numpy()
+        weights = self._numpy(answering=True)
         x = np.tanh(hidden) if weights.layers else hidden
         return x @ (self.scale * weights.rows[: self.n_state].T) + weights.bias[: self.n_state]
 
@@ -151,7 +191,7 @@ class QAHead(nn.Module):
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
         assert self.action_features is not None
-        weights = self._numpy()
+        weights = self._numpy(answering=True)
         added = self.action_features(actions) @ weights.action
         x = np.tanh((hidden[:, None] if added.ndim == 3 else hidden) + added)
         return x @ (self.scale * weights.rows[self.n_state :].T) + weights.bias[self.n_state :]
@@ -159,7 +199,7 @@ class QAHead(nn.Module):
     def forward(self, latents: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all questions, (n, n_logits), about states and about the actions taken in them; differentiable.
 
-        The plain statement of what the head computes; training takes :meth:`gradients` and answering numpy.
+        The plain statement of what the head learns; training takes :meth:`gradients` and answering numpy.
 
         :param latents: (n, latent_dim)
         :param features: (n, n_action_features) of the actions
@@ -187,7 +227,7 @@ class QAHead(nn.Module):
         z: Array
         if latents[0].device.type == "cpu":
             z = np.concatenate([latent.detach().numpy() for latent in latents], axis=1)
-            logits, d_z, d_flat = self._gradients(np, self._numpy(), z, features, y, weight)
+            logits, d_z, d_flat = self._gradients(np, self._numpy(answering=False), z, features, y, weight)
             d_z, d_flat = torch.from_numpy(d_z), torch.from_numpy(d_flat)
         else:
             z = torch.cat([latent.detach() for latent in latents], dim=1)
@@ -261,6 +301,10 @@ class QAHead(nn.Module):
                 block = xp.exp(block - xp.amax(block, -1)[..., None])
                 out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(out), -1)
         return out
+
+
+def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:
+    head._followed = head.flat._version
 
 
 def decode(instance: Instance, logits: Floats) -> Answer:

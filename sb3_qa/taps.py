@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_qa.errors import QAError
 
 __all__ = ["READOUTS", "Taps"]
+
+Floats = NDArray[np.float32]
 
 READOUTS: dict[type[BasePolicy], tuple[str, ...]] = {
     ActorCriticPolicy: ("action_net", "value_net"),
@@ -32,6 +37,14 @@ _PASSES = (
     "extract_features",
     "_build_mlp_extractor",
 )
+
+
+ACTIVATIONS: dict[type[nn.Module], Callable[[Floats], Floats]] = {
+    nn.Tanh: np.tanh,
+    nn.ReLU: partial(np.maximum, np.float32(0.0)),
+    nn.Identity: np.asarray,
+}
+"""What :class:`_Dense` computes beside linear layers."""
 
 
 class Taps:
@@ -55,6 +68,7 @@ class Taps:
             )
         self.names = family
         self._direct = all(_is_stock(type(policy), name) for name in _PASSES)
+        self._dense = (_Dense(), _Dense()) if self._direct and _is_plain_mlp(policy) else None
         self.seen: list[torch.Tensor | None] = [None] * len(family)
         self._watched: list[torch.Tensor] = []
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
@@ -66,17 +80,18 @@ class Taps:
         return self._copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": []}
+        dense = None if self._dense is None else (_Dense(), _Dense())
+        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": [], "_dense": dense}
 
     def _copy(self) -> Taps:
         taps = Taps.__new__(Taps)
         taps.__dict__.update(self.__getstate__())
         return taps
 
-    def join(self, latents: list[torch.Tensor]) -> torch.Tensor:
-        """Latents of the readouts, each (n, dim), as one tensor (n, latent_dim)."""
+    def join(self, latents: list[Floats]) -> Floats:
+        """Latents of the readouts, each (n, dim), as one array (n, latent_dim)."""
         kept = [latents[n] for n in self.keep]
-        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+        return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
 
     def note(self, index: int, latent: torch.Tensor) -> list[torch.Tensor] | None:
         """Take the latent that just entered readout ``index``; the latents of all, once the pass has reached every one."""
@@ -91,29 +106,46 @@ class Taps:
         """Forget a pass."""
         self.seen = [None] * len(self.names)
 
-    def read(self, policy: Any, obs: Any) -> list[torch.Tensor]:
-        """Latents of each readout (n, dim) for observations as tensors; no gradients, no use of a random stream."""
-        with torch.no_grad():
-            if not self._direct:
-                return self._by_passes(policy, obs)
-            features = policy.extract_features(obs)
-            if policy.share_features_extractor:
-                return list(policy.mlp_extractor(features))
-            pi_features, vf_features = features
-            return [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
+    def read(self, policy: Any, obs: Any) -> list[Floats]:
+        """Latents of each readout (n, dim) for a batch of observations, arrays or tensors; no gradients, no use of a random stream."""
+        if self._dense is not None and isinstance(obs, np.ndarray):
+            x = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
+            nets = policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net
+            small = [dense(net, x) for dense, net in zip(self._dense, nets, strict=True)]
+            if small[0] is not None and small[1] is not None:
+                return [small[0], small[1]]
+        training = policy.training
+        if training:
+            policy.set_training_mode(False)
+        try:
+            with torch.no_grad():
+                return [latent.cpu().numpy() for latent in self._by_torch(policy, _tensors(policy, obs))]
+        finally:
+            if training:
+                policy.set_training_mode(True)
 
-    def distribution(self, policy: Any, obs: Any, latents: list[torch.Tensor]) -> Any:
+    def _by_torch(self, policy: Any, obs: Any) -> list[torch.Tensor]:
+        if not self._direct:
+            return self._by_passes(policy, obs)
+        features = policy.extract_features(obs)
+        if policy.share_features_extractor:
+            return list(policy.mlp_extractor(features))
+        pi_features, vf_features = features
+        return [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
+
+    def distribution(self, policy: Any, obs: Any, latents: list[Floats]) -> Any:
         """The policy's distribution over actions, from latents that were read of these observations."""
         with torch.no_grad():
-            return policy._get_action_dist_from_latent(latents[0]) if self._direct else policy.get_distribution(obs)
+            if self._direct:
+                return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
+            return policy.get_distribution(_tensors(policy, obs))
 
-    def preferred(self, policy: Any, obs: Any, latents: list[torch.Tensor]) -> torch.Tensor:
+    def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> torch.Tensor:
         """The actions (n, ...) the policy likes best."""
         with torch.no_grad():
-            if self._direct and isinstance(
-                policy.action_space, spaces.Discrete
-            ):  # the same without building a distribution
-                return torch.as_tensor(policy.action_net(latents[0]).argmax(dim=1))
+            if self._direct and isinstance(policy.action_space, spaces.Discrete):  # without building a distribution
+                latent = torch.as_tensor(latents[0], device=policy.device)
+                return torch.as_tensor(policy.action_net(latent).argmax(dim=1))
             return torch.as_tensor(self.distribution(policy, obs, latents).get_actions(deterministic=True))
 
     def version(self, policy: Any) -> int:
@@ -144,6 +176,70 @@ class Taps:
                 "which is where the question loss joins; call it as a module"
             )
         return [seen[name] for name in self.names]
+
+
+class _Dense:
+    """A sequence of linear layers and activations, computed with numpy on the parameters where they lie.
+
+    On a few units, torch takes several times as long to begin an operation as the arithmetic takes.
+    """
+
+    def __init__(self) -> None:
+        self._key: list[int] = []
+        self._steps: list[tuple[Floats, Floats | None] | Callable[[Floats], Floats]] = []
+
+    def __call__(self, net: nn.Sequential, x: Floats) -> Floats | None:
+        """(n, n_in) -> (n, n_out); None where the layers are others, are elsewhere than on the CPU, or have hooks."""
+        key = []
+        for layer in net._modules.values():
+            assert layer is not None
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            key.append(id(layer))
+            key += [parameter.data_ptr() for parameter in layer._parameters.values() if parameter is not None]
+        if key != self._key:
+            steps = [_step_of(layer) for layer in net]
+            if None in steps:
+                return None
+            self._key, self._steps = key, [step for step in steps if step is not None]
+        for step in self._steps:
+            if isinstance(step, tuple):
+                x = x @ step[0]
+                if step[1] is not None:
+                    x += step[1]
+            else:
+                x = step(x)
+        return x
+
+
+def _step_of(layer: nn.Module) -> tuple[Floats, Floats | None] | Callable[[Floats], Floats] | None:
+    if type(layer) is not nn.Linear:
+        return ACTIVATIONS.get(type(layer))
+    weight, bias = layer.weight.detach(), layer.bias
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return weight.numpy().T, None if bias is None else bias.detach().numpy()
+
+
+def _is_plain_mlp(policy: Any) -> bool:
+    """Whether observations are numbers that go into SB3's own MLP as they are."""
+    space = policy.observation_space
+    names = (
+        ["features_extractor"]
+        if policy.share_features_extractor
+        else ["pi_features_extractor", "vf_features_extractor"]
+    )
+    plain = all(type(getattr(policy, name)) is FlattenExtractor for name in names)
+    return (
+        plain
+        and type(policy.mlp_extractor) is MlpExtractor
+        and isinstance(space, spaces.Box)
+        and space.dtype.kind == "f"
+    )
+
+
+def _tensors(policy: Any, obs: Any) -> Any:
+    return obs_as_tensor(obs, policy.device) if isinstance(obs, (np.ndarray, dict)) else obs
 
 
 @contextmanager

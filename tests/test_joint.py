@@ -348,10 +348,11 @@ def test_policy_of_ones_own_learns_as_the_stock_one() -> None:
     stock = make_model().learn(72, callback=QACallback())
     assert not own.policy.qa_taps._direct
     assert stock.policy.qa_taps._direct
-    assert torch.equal(own.policy.qa_head.flat, stock.policy.qa_head.flat)
+    # A stock policy is read by numpy, at the ends of rollouts too, one of a user's own through its own passes.
+    torch.testing.assert_close(own.policy.qa_head.flat, stock.policy.qa_head.flat, rtol=1e-4, atol=1e-6)
     obs = make_env().reset()
     a, b = (QuestionAnswerer.from_model(model).ask("bad[k=6]", obs).probability for model in (own, stock))
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_policies_can_be_copied_and_pickled() -> None:

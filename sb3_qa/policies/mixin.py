@@ -94,6 +94,7 @@ class QAPolicyMixin:
             group["eps"] = min(optimizer.defaults["eps"], 1e-8)
         optimizer.add_param_group(group)
         optimizer.register_step_pre_hook(partial(_refuse_untaught, self))
+        optimizer.register_step_post_hook(partial(_follow, self))
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
@@ -141,6 +142,11 @@ def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, k
             "a policy with questions is being trained without a QACallback, so they would never be learnt; expected one in "
             "learn(); write model.learn(..., callback=QACallback()), beside other callbacks in a list, not inside one of them"
         )
+
+
+def _follow(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if policy.qa_head.flat.grad is not None:  # else there was nothing to learn in this step
+        policy.qa_head.follow()
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
