@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,27 +34,29 @@ LONGEST_AVERAGE = 500  # updates that answers are averaged over
 
 
 class Weights(NamedTuple):
-    """The head's weights: views into its flat parameter, or their gradients."""
+    """The head's weights: views into its flat parameter, or their gradients. Biases stand in the last columns."""
 
-    rows: Array
-    """(n_logits, width)"""
-    bias: Array
-    """(n_logits,)"""
+    readout: Array
+    """(n_logits, width + 1)"""
     action: Array
     """(n_action_features, width)"""
-    layers: list[tuple[Array, Array]]
-    """(n_out, n_in) and (n_out,) of each of the head's own layers."""
+    hidden: list[Array]
+    """(n_out, n_in + 1) of each of the head's own layers."""
 
+    @property
+    def rows(self) -> Array:
+        """(n_logits, width)"""
+        return self.readout[:, :-1]
 
-class Gradients(NamedTuple):
-    """What :meth:`QAHead.gradients` gives."""
+    @property
+    def bias(self) -> Array:
+        """(n_logits,)"""
+        return self.readout[:, -1]
 
-    logits: Array
-    """(n, n_logits)"""
-    latents: list[torch.Tensor]
-    """of each readout, (n, dim)"""
-    flat: torch.Tensor
-    """as :attr:`QAHead.flat`"""
+    @property
+    def layers(self) -> list[tuple[Array, Array]]:
+        """(n_out, n_in) and (n_out,) of each of the head's own layers."""
+        return [(layer[:, :-1], layer[:, -1]) for layer in self.hidden]
 
 
 class QAHead(nn.Module):
@@ -103,21 +106,17 @@ class QAHead(nn.Module):
         self.scale = 4.0 / math.sqrt(self.width)
         self.blocks = _blocks(catalogue)
         n_features = self.action_features.n_features if self.action_features else 0
-        self._shapes: list[tuple[int, ...]] = [(self.n_logits, self.width), (self.n_logits,), (n_features, self.width)]
-        for n_in, n_out in itertools.pairwise(widths):
-            self._shapes += [(n_out, n_in), (n_out,)]
-        stops = list(itertools.accumulate(math.prod(shape) for shape in self._shapes))
-        self._places = list(zip([0, *stops], stops, self._shapes, strict=False))
+        shapes = [(self.n_logits, self.width + 1), (n_features, self.width)]
+        shapes += [(n_out, n_in + 1) for n_in, n_out in itertools.pairwise(widths)]
+        stops = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        self._places = list(zip([0, *stops], stops, shapes, strict=False))
         generator = torch.Generator().manual_seed(seed)
         rows, bias = initial_rows(encoder, catalogue, self.width, generator)
-        parts = [rows, bias, torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0)]
-        for shape in self._shapes[3:]:
-            weight = (
-                torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
-                if len(shape) == 2
-                else torch.zeros(shape)
-            )
-            parts.append(weight)
+        parts = [torch.cat([rows, bias[:, None]], dim=1)]
+        parts.append(torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0))
+        for n_out, n_in_and_bias in shapes[2:]:
+            weight = torch.randn(n_out, n_in_and_bias - 1, generator=generator) / math.sqrt(n_in_and_bias - 1)
+            parts.append(torch.cat([weight, torch.zeros(n_out, 1)], dim=1))
         self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
         self.average: torch.Tensor
         self.n_updates: torch.Tensor
@@ -147,14 +146,14 @@ class QAHead(nn.Module):
         Source: the polynomial-decay averaging of Shamir and Zhang 2013 (arXiv 1212.1824).
         """
         self.n_updates += 1
-        n = int(self.n_updates)
-        self.average.lerp_(self.flat.detach(), max(10.0 / (10.0 + n), 1.0 / LONGEST_AVERAGE))
+        share = max(10.0 / (10.0 + int(self.n_updates)), 1.0 / LONGEST_AVERAGE)
+        self.average.lerp_(self.flat.detach(), share)
         self._followed = self.flat._version
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
-        rows, bias, action, *layers = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
-        return Weights(rows, bias, action, list(zip(layers[::2], layers[1::2], strict=True)))
+        readout, action, *hidden = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
+        return Weights(readout, action, hidden)
 
     def _numpy(self, *, answering: bool) -> Weights:
         """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere.
@@ -213,7 +212,9 @@ class QAHead(nn.Module):
         state, action = weights.rows[: self.n_state], weights.rows[self.n_state :]
         return torch.cat([x @ state.T, x_action @ action.T], dim=1) * self.scale + weights.bias
 
-    def gradients(self, latents: Sequence[torch.Tensor], features: Array | None, y: Array, weight: Array) -> Gradients:
+    def gradients(
+        self, latents: Sequence[torch.Tensor], features: Array | None, y: Array, weight: Array
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Forward and backward through the head in closed form.
 
         The gradient of each cell's weighted cross-entropy is ``weight * (probability - y)``; the rest is the chain rule.
@@ -222,73 +223,87 @@ class QAHead(nn.Module):
         :param features: (n, n_action_features) of the actions, numpy
         :param y: (n, n_logits), targets of the cells, numpy
         :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
+        :return: gradients of the latents, and of :attr:`flat`
         """
-        cuts = list(itertools.accumulate(latent.shape[1] for latent in latents))
-        z: Array
         if latents[0].device.type == "cpu":
-            z = np.concatenate([latent.detach().numpy() for latent in latents], axis=1)
-            logits, d_z, d_flat = self._gradients(np, self._numpy(answering=False), z, features, y, weight)
+            arrays: list[Array] = [latent.detach().numpy() for latent in latents]
+            d_z, d_flat = self._gradients(np, self._numpy(answering=False), arrays, features, y, weight)
             d_z, d_flat = torch.from_numpy(d_z), torch.from_numpy(d_flat)
         else:
-            z = torch.cat([latent.detach() for latent in latents], dim=1)
-            moved = [None if x is None else torch.as_tensor(x, device=z.device) for x in (features, y, weight)]
-            logits, d_z, d_flat = self._gradients(torch, self.weights(self.flat.detach()), z, *moved)
-        return Gradients(logits, [d_z[:, start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)], d_flat)
+            arrays = [latent.detach() for latent in latents]
+            moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
+            d_z, d_flat = self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
+        if len(latents) == 1:
+            return [d_z], d_flat
+        return list(d_z.split([latent.shape[1] for latent in latents], dim=1)), d_flat
 
     def _gradients(
-        self, xp: Any, w: Weights, z: Array, features: Array, y: Array, weight: Array
-    ) -> tuple[Array, Array, Array]:
-        d_flat = np.empty(self.flat.shape, np.float32) if xp is np else torch.empty_like(self.flat)
-        d = self.weights(d_flat)
-        n_state, n = self.n_state, len(z)
-        inputs, hidden = [z], z  # inputs of each layer
-        for k, (layer, bias) in enumerate(w.layers):
-            if k:
-                inputs.append(xp.tanh(hidden))
-            hidden = inputs[-1] @ layer.T
-            hidden += bias
-        # States in the upper half, actions in the lower one, where there are both: each operation serves the two.
+        self, xp: Any, w: Weights, latents: Sequence[Array], features: Array, y: Array, weight: Array
+    ) -> tuple[Array, Array]:
+        # Few operations, as each costs more than its arithmetic: inputs of a layer end in a column of ones, for the bias;
+        # states are in the upper half of the last one and actions in the lower, where there are both.
+        new: Any = partial(np.empty, dtype=np.float32) if xp is np else partial(torch.empty, device=y.device)
+        n, n_state, width = len(y), self.n_state, self.width
+        z = new((n, self.latent_dim + 1))
+        start = 0
+        for latent in latents:
+            z[:, start : start + latent.shape[1]] = latent
+            start += latent.shape[1]
+        z[:, start] = 1.0
+        inputs = [z]
+        for layer in w.hidden[:-1]:
+            x = new((n, len(layer) + 1))
+            xp.tanh(inputs[-1] @ layer.T, out=x[:, :-1])
+            x[:, -1] = 1.0
+            inputs.append(x)
         if features is None:
-            x = hidden
-            halves = [(slice(0, n), slice(0, n_state))]
+            parts = [(slice(0, n), slice(0, n_state))]
+        elif not n_state:
+            parts = [(slice(0, n), slice(0, self.n_logits))]
         else:
-            x = hidden + features @ w.action
-            halves = [(slice(0, n), slice(0, self.n_logits))]
+            parts = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
+        x = new((len(parts) * n, width + 1))
+        units = x[:, :width]
+        if w.hidden:
+            hidden = inputs[-1] @ w.hidden[-1].T
             if n_state:
-                x = xp.concatenate([hidden, x])
-                halves = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
-        if w.layers:
-            x = xp.tanh(x)
-        logits = xp.empty_like(y)
-        for rows, columns in halves:
-            xp.matmul(x[rows], w.rows[columns].T, out=logits[:, columns])
+                units[:n] = hidden
+            if features is not None:
+                hidden += features @ w.action
+                units[-n:] = hidden
+            xp.tanh(units, out=units)
+        else:
+            units[:] = z[:, :width]
+        x[:, width] = 1.0 / self.scale  # logits are scaled, and the bias is not
+        logits = new(y.shape)
+        for rows, columns in parts:
+            xp.matmul(x[rows], w.readout[columns].T, out=logits[:, columns])
         logits *= self.scale
-        logits += w.bias
         d_logits = self.probabilities(xp, logits)
         d_logits -= y
         d_logits *= weight
-        d.bias[:] = d_logits.sum(0)
         d_logits *= self.scale
-        d_x = xp.empty_like(x)
-        for rows, columns in halves:
-            xp.matmul(d_logits[:, columns].T, x[rows], out=d.rows[columns])
-            xp.matmul(d_logits[:, columns], w.rows[columns], out=d_x[rows])
-        if w.layers:
-            d_x -= d_x * x * x  # of tanh: 1 - tanh^2
+        d_flat = new(self.flat.shape)
+        d = self.weights(d_flat)
+        d_x = new((len(x), width))
+        for rows, columns in parts:
+            xp.matmul(d_logits[:, columns].T, x[rows], out=d.readout[columns])
+            xp.matmul(d_logits[:, columns], w.readout[columns, :width], out=d_x[rows])
+        if not w.hidden:
+            return d_x, d_flat
+        d_x *= 1.0 - units * units  # of tanh
         d_hidden = d_x[:n]
         if features is not None:
-            d_action = d_x[-n:]
-            xp.matmul(features.T, d_action, out=d.action)
+            xp.matmul(features.T, d_x[-n:], out=d.action)
             if n_state:
-                d_hidden += d_action
-        for k in range(len(w.layers) - 1, -1, -1):
-            d_layer, d_bias = d.layers[k]
-            xp.matmul(d_hidden.T, inputs[k], out=d_layer)
-            d_bias[:] = d_hidden.sum(0)
-            d_hidden = d_hidden @ w.layers[k][0]
+                d_hidden += d_x[-n:]
+        for k in range(len(w.hidden) - 1, -1, -1):
+            xp.matmul(d_hidden.T, inputs[k], out=d.hidden[k])
+            d_hidden = d_hidden @ w.hidden[k][:, :-1]
             if k:
-                d_hidden -= d_hidden * inputs[k] * inputs[k]
-        return logits, d_hidden, d_flat
+                units = inputs[k][:, :-1]
+                d_hidden *= 1.0 - units * units
+        return d_hidden, d_flat
 
     def probabilities(self, xp: Any, logits: Array) -> Array:
         """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""
@@ -316,17 +331,18 @@ def decode(instance: Instance, logits: Floats) -> Answer:
     truth = instance.question.truth
     if truth.is_event:
         assert instance.horizon is not None
-        alive = survival(logits[..., : instance.horizon])
+        logits = logits[..., : instance.horizon]
         if truth.operator == "steps_until":
+            alive = survival(logits)
             passed = np.concatenate([-np.diff(alive[..., :-1], axis=-1), alive[..., -2:-1]], axis=-1)
             return NumberAnswer(np.arange(1, instance.horizon + 1, dtype=np.float32), passed, whole=True)
-        return YesNoAnswer(alive[..., -1] if truth.operator == "always" else 1.0 - alive[..., -1])
+        return YesNoAnswer(survival(logits)[..., -1] if truth.operator == "always" else _comes(logits))
     if isinstance(answer, Choice):
         return ChoiceAnswer(answer.options, _softmax(logits))
     if isinstance(answer, Number):
         support = np.linspace(answer.low, answer.high, logits.shape[-1], dtype=np.float32)
         return NumberAnswer(support, _softmax(logits))
-    return YesNoAnswer(1.0 - survival(logits)[..., -1])
+    return YesNoAnswer(_comes(logits))
 
 
 def survival(hazard_logits: Floats) -> Floats:
@@ -340,6 +356,11 @@ def survival(hazard_logits: Floats) -> Floats:
     logits = np.asarray(hazard_logits, np.float64)
     log_alive = np.cumsum(-np.logaddexp(0.0, logits), axis=-1)  # log(1 - sigmoid(x)) = -softplus(x)
     return np.concatenate([np.ones((*logits.shape[:-1], 1), np.float32), np.exp(log_alive).astype(np.float32)], axis=-1)
+
+
+def _comes(hazard_logits: Floats) -> Floats:
+    """1 - S(K), precise where it is small."""
+    return np.asarray(-np.expm1(-np.logaddexp(0.0, hazard_logits.astype(np.float64)).sum(axis=-1)), np.float32)
 
 
 def _softmax(logits: Floats) -> Floats:

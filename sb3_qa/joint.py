@@ -140,10 +140,9 @@ class JointTraining:
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
         features = None if self.store.features is None else self.store.features[rows]
-        logits, d_latents, d_flat = head.gradients(latents, features, y, weight)
+        d_latents, d_flat = head.gradients(latents, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
-            known = torch.as_tensor(weight) / (self.coef * mean)
-            self.losses.append(question_losses(head, torch.as_tensor(logits).cpu(), torch.as_tensor(y), known))
+            self.losses.append(self._losses(latents, head, features, y, weight / np.float32(self.coef * mean)))
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
@@ -152,6 +151,16 @@ class JointTraining:
         if share != 1.0:
             sent = [None if share == 0.0 else d_latent * share for d_latent in d_latents]
         return attach(output, [*latents, head.flat], [*sent, d_flat])
+
+    @staticmethod
+    @torch.no_grad()
+    def _losses(
+        latents: Sequence[torch.Tensor], head: QAHead, features: Floats | None, y: Floats, weight: Floats
+    ) -> torch.Tensor:
+        device = latents[0].device
+        about = None if features is None else torch.as_tensor(features, device=device)
+        logits = head(torch.cat([latent.detach() for latent in latents], dim=1), about)
+        return question_losses(head, logits.cpu(), torch.as_tensor(y), torch.as_tensor(weight))
 
     def _clip(
         self,

@@ -73,8 +73,8 @@ class PointValues:
             # log(1 - sigmoid(x)) = -softplus(x), summed up along all columns: a run is a difference of two sums.
             alive = np.zeros((*logits.shape[:-1], logits.shape[-1] + 1))
             np.cumsum(np.logaddexp(0.0, logits), axis=-1, out=alive[..., 1:])
-            survive = np.exp(alive[..., self._first] - alive[..., self._last])
-            values[..., self._columns] = np.where(self._always, survive, 1.0 - survive)
+            log_survive = alive[..., self._first] - alive[..., self._last]
+            values[..., self._columns] = np.where(self._always, np.exp(log_survive), -np.expm1(log_survive))
         for column, instance, start, stop in self._rest:
             values[..., column] = decode(instance, logits[..., start:stop]).value
         return values
