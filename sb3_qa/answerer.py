@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
@@ -44,6 +45,24 @@ class Reading:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def part(self, index: NDArray[np.intp]) -> Reading:
+        """The reading of some of the observations."""
+        part = copy.copy(self)
+        obs = self._obs
+        part._obs = {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
+        part._latents = [latent[index] for latent in self._latents]
+        part.hidden = self.hidden[index]
+        part._state_logits = None
+        return part
+
+    def with_states(self, index: NDArray[np.intp], other: Reading) -> Reading:
+        """This reading, for questions about states, with other states at ``index``."""
+        mixed = copy.copy(self)
+        mixed.hidden = self.hidden.copy()
+        mixed.hidden[index] = other.hidden
+        mixed._state_logits = None
+        return mixed
+
     def state_logits(self) -> Floats:
         """(n, n_state)"""
         if self._state_logits is None:
@@ -75,7 +94,7 @@ class Reading:
 
     def preferred(self) -> NDArray[Any]:
         """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""
-        actions = self._policy.qa_taps.preferred(self._policy, self._obs, self._latents).cpu().numpy()
+        actions = self._policy.qa_taps.preferred(self._policy, self._obs, self._latents)
         return self._for_environment(actions.reshape(len(self), *self._policy.action_space.shape))
 
     def sampled(self, n: int, seed: int) -> NDArray[Any]:

@@ -136,7 +136,7 @@ class QAHead(nn.Module):
     @property
     def version(self) -> int:
         """A number that changes whenever the weights do."""
-        return self.flat._version + self.average._version
+        return self.flat._version  # the average follows it
 
     def follow(self) -> None:
         """Let the weights that answer follow those that learn, after a step of the optimiser.
@@ -147,7 +147,13 @@ class QAHead(nn.Module):
         """
         self.n_updates += 1
         share = max(10.0 / (10.0 + int(self.n_updates)), 1.0 / LONGEST_AVERAGE)
-        self.average.lerp_(self.flat.detach(), share)
+        flat, average = self.flat.detach(), self.average
+        if flat.device.type == "cpu":
+            difference = flat.numpy() - (target := average.numpy())
+            difference *= share
+            target += difference
+        else:
+            average.lerp_(flat, share)
         self._followed = self.flat._version
 
     def weights(self, flat: Array) -> Weights:
@@ -227,29 +233,25 @@ class QAHead(nn.Module):
         """
         if latents[0].device.type == "cpu":
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
-            d_z, d_flat = self._gradients(np, self._numpy(answering=False), arrays, features, y, weight)
-            d_z, d_flat = torch.from_numpy(d_z), torch.from_numpy(d_flat)
-        else:
-            arrays = [latent.detach() for latent in latents]
-            moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
-            d_z, d_flat = self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
-        if len(latents) == 1:
-            return [d_z], d_flat
-        return list(d_z.split([latent.shape[1] for latent in latents], dim=1)), d_flat
+            d_latents, d_flat = self._gradients(np, self._numpy(answering=False), arrays, features, y, weight)
+            return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat)
+        arrays = [latent.detach() for latent in latents]
+        moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
+        return self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
 
     def _gradients(
         self, xp: Any, w: Weights, latents: Sequence[Array], features: Array, y: Array, weight: Array
-    ) -> tuple[Array, Array]:
+    ) -> tuple[list[Array], Array]:
         # Few operations, as each costs more than its arithmetic: inputs of a layer end in a column of ones, for the bias;
         # states are in the upper half of the last one and actions in the lower, where there are both.
         new: Any = partial(np.empty, dtype=np.float32) if xp is np else partial(torch.empty, device=y.device)
         n, n_state, width = len(y), self.n_state, self.width
         z = new((n, self.latent_dim + 1))
-        start = 0
-        for latent in latents:
-            z[:, start : start + latent.shape[1]] = latent
-            start += latent.shape[1]
-        z[:, start] = 1.0
+        stops = list(itertools.accumulate(latent.shape[1] for latent in latents))
+        places = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        for latent, place in zip(latents, places, strict=True):
+            z[:, place] = latent
+        z[:, -1] = 1.0
         inputs = [z]
         for layer in w.hidden[:-1]:
             x = new((n, len(layer) + 1))
@@ -290,7 +292,7 @@ class QAHead(nn.Module):
             xp.matmul(d_logits[:, columns].T, x[rows], out=d.readout[columns])
             xp.matmul(d_logits[:, columns], w.readout[columns, :width], out=d_x[rows])
         if not w.hidden:
-            return d_x, d_flat
+            return [d_x[:, place] for place in places], d_flat
         d_x *= 1.0 - units * units  # of tanh
         d_hidden = d_x[:n]
         if features is not None:
@@ -303,7 +305,7 @@ class QAHead(nn.Module):
             if k:
                 units = inputs[k][:, :-1]
                 d_hidden *= 1.0 - units * units
-        return d_hidden, d_flat
+        return [d_hidden[:, place] for place in places], d_flat
 
     def probabilities(self, xp: Any, logits: Array) -> Array:
         """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""

@@ -140,13 +140,20 @@ class Taps:
                 return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
             return policy.get_distribution(_tensors(policy, obs))
 
-    def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> torch.Tensor:
+    def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> NDArray[Any]:
         """The actions (n, ...) the policy likes best."""
+        if self._direct and isinstance(policy.action_space, spaces.Discrete):  # without building a distribution
+            layer = policy.action_net
+            own_hook_only = len(layer._forward_hooks) == 1 and not layer._forward_pre_hooks
+            step = _step_of(layer) if own_hook_only else None
+            if isinstance(step, tuple):
+                logits = latents[0] @ step[0]
+                return np.argmax(logits if step[1] is None else logits + step[1], axis=1)
         with torch.no_grad():
-            if self._direct and isinstance(policy.action_space, spaces.Discrete):  # without building a distribution
-                latent = torch.as_tensor(latents[0], device=policy.device)
-                return torch.as_tensor(policy.action_net(latent).argmax(dim=1))
-            return torch.as_tensor(self.distribution(policy, obs, latents).get_actions(deterministic=True))
+            actions: NDArray[Any] = (
+                self.distribution(policy, obs, latents).get_actions(deterministic=True).cpu().numpy()
+            )
+            return actions
 
     def version(self, policy: Any) -> int:
         """A number that changes whenever an optimiser, or a state that is loaded, changes the agent's weights."""

@@ -34,29 +34,29 @@ class AnswerRule(Rule):
         self._info_keys = [f"qa/{key}" for key in self.values.keys]
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
-        return self.told(self.at_first()[index])
+        return self.told(self.at_first(index))
 
     def arrive(self, actions: NDArray[Any], arrival: Arrival) -> None:
         for info, told in zip(arrival.infos, self.told(self.answers(actions, arrival)), strict=True):
             info.update(told)
 
-    def at_first(self) -> NDArray[np.float32]:
-        """Point values (n, n_questions) where nothing has been done yet."""
+    def at_first(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Point values (len(index), n_questions) where nothing has been done yet."""
         assert self.values is not None
-        here = self.here
+        here = self.here.part(index)
         return self.values.of_step(here, here.preferred() if self.values.any_action else None, here)
 
     def answers(self, actions: NDArray[Any], arrival: Arrival) -> NDArray[np.float32]:
         """Point values (n, n_questions) of a step."""
         assert self.values is not None and self.qa is not None
-        values, here = self.values, self.here
+        here = there = self.here
         executed = self.executed(actions, arrival.infos)
-        table = values.of_step(here, executed, self.qa.read(arrival.obs) if values.any_state else here)
-        ended = np.flatnonzero(arrival.done)
-        if len(ended) and values.any_state:
-            last = self.qa.read(arrival.last_obs(ended), keep=False)
-            table[ended] = np.where(values.about_action, table[ended], values.of_step(last, executed[ended], last))
-        return table
+        if self.values.any_state:
+            there = self.qa.read(arrival.obs)
+            ended = np.flatnonzero(arrival.done)
+            if len(ended):
+                there = there.with_states(ended, self.qa.read(arrival.last_obs(ended), keep=False))
+        return self.values.of_step(here, executed, there)
 
     def told(self, table: NDArray[np.float32]) -> list[Info]:
         """Answers as entries of infos."""

@@ -88,12 +88,12 @@ class ShapeRule(AnswerRule):
                 )
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
-        table = self.at_first()
+        table = self.at_first(index)
         if self.mode == "potential":
-            if self._potential is None or len(self._potential) != len(table):
-                self._potential = np.zeros(len(table), np.float32)
-            self._potential[index] = self.weigh(table)[index]
-        return [{**told, "qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} for told in self.told(table[index])]
+            if self._potential is None or len(self._potential) != len(self.here):
+                self._potential = np.zeros(len(self.here), np.float32)
+            self._potential[index] = self.weigh(table)
+        return [{**told, "qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} for told in self.told(table)]
 
     def arrive(self, actions: NDArray[Any], arrival: Arrival) -> None:
         table = self.answers(actions, arrival)

@@ -139,7 +139,7 @@ class VetoRule(AnswerRule):
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
         nobody = no_action(self.space)
         rewards = {"qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} if self.penalty else {}
-        table = self.at_first()[index]
+        table = self.at_first(index)
         verdicts = [_verdict(risk, False, False, nobody, nobody) for (risk,) in table.tolist()]
         return [{**told, **verdict, **rewards} for told, verdict in zip(self.told(table), verdicts, strict=True)]
 
