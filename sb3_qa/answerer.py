@@ -80,6 +80,10 @@ class Reading:
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
         return self._head.action_logits(self.hidden, actions)
 
+    def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
+        """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
+        return self._head.step_logits(self.hidden, actions, after.hidden)
+
     def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
         """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""
         target = self._head.catalogue.target_of[instance.key]

@@ -184,9 +184,7 @@ class QAHead(nn.Module):
 
     def state_logits(self, hidden: Floats) -> Floats:
         """(n, width) -> (n, n_state)."""
-        weights = self._numpy(answering=True)
-        x = np.tanh(hidden) if weights.layers else hidden
-        return x @ (self.scale * weights.rows[: self.n_state].T) + weights.bias[: self.n_state]
+        return self._logits(self._units(hidden), slice(0, self.n_state))
 
     def action_logits(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
         """Logits of the questions about actions.
@@ -195,11 +193,42 @@ class QAHead(nn.Module):
         :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
+        return self._logits(np.tanh(self._acted(hidden, actions)), slice(self.n_state, self.n_logits))
+
+    def step_logits(self, before: Floats, actions: NDArray[Any], after: Floats) -> Floats:
+        """Logits of all questions (n, n_logits): about the states after, and about the actions taken in those before.
+
+        :param before: (n, width)
+        :param actions: (n, *action_shape)
+        :param after: (n, width)
+        """
+        n = len(before)
+        x = np.tanh(np.concatenate([after, self._acted(before, actions)]))
+        readout = self._numpy(answering=True).readout
+        rows, bias = readout[:, :-1], readout[:, -1]
+        logits = np.empty((n, self.n_logits), np.float32)
+        np.matmul(x[:n], rows[: self.n_state].T, out=logits[:, : self.n_state])
+        np.matmul(x[n:], rows[self.n_state :].T, out=logits[:, self.n_state :])
+        logits *= self.scale
+        logits += bias
+        return logits
+
+    def _units(self, hidden: Floats) -> Floats:
+        return np.tanh(hidden) if self._numpy(answering=True).hidden else hidden
+
+    def _acted(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
+        """``hidden`` with the actions added in: (n, width), or (n, m, width)."""
         assert self.action_features is not None
-        weights = self._numpy(answering=True)
-        added = self.action_features(actions) @ weights.action
-        x = np.tanh((hidden[:, None] if added.ndim == 3 else hidden) + added)
-        return x @ (self.scale * weights.rows[self.n_state :].T) + weights.bias[self.n_state :]
+        added: Floats = self.action_features(actions) @ self._numpy(answering=True).action
+        added += hidden[:, None] if added.ndim == 3 else hidden
+        return added
+
+    def _logits(self, x: Floats, columns: slice) -> Floats:
+        readout = self._numpy(answering=True).readout[columns]
+        logits: Floats = x @ readout[:, :-1].T
+        logits *= self.scale
+        logits += readout[:, -1]
+        return logits
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all questions, (n, n_logits), about states and about the actions taken in them; differentiable.

@@ -44,7 +44,8 @@ class PointValues:
             else:
                 self._rest.append((column, instance, target.start, target.stop))
         self._columns, self._first, self._last = (np.array([run[n] for run in runs], np.intp) for n in range(3))
-        self._always = np.array([run[3] for run in runs], bool)
+        self._sign = np.array([1.0 if run[3] else -1.0 for run in runs])
+        self._offset = np.array([1.0 if run[3] else 0.0 for run in runs])
 
     def of_states(self, reading: Reading) -> Floats:
         """(n, n_keys), when all are about states: asked of the states read."""
@@ -65,16 +66,22 @@ class PointValues:
             return self.of_states(after)
         if not self.any_state:
             return self.of_actions(before, actions)
-        return self._read(np.concatenate([after.state_logits(), before.action_logits(actions)], axis=-1))
+        assert actions is not None
+        return self._read(before.step_logits(actions, after))
 
     def _read(self, logits: Floats) -> Floats:
-        values = np.empty((*logits.shape[:-1], len(self.keys)), np.float32)
         if len(self._columns):
             # log(1 - sigmoid(x)) = -softplus(x), summed up along all columns: a run is a difference of two sums.
             alive = np.zeros((*logits.shape[:-1], logits.shape[-1] + 1))
-            np.cumsum(np.logaddexp(0.0, logits), axis=-1, out=alive[..., 1:])
-            log_survive = alive[..., self._first] - alive[..., self._last]
-            values[..., self._columns] = np.where(self._always, np.exp(log_survive), -np.expm1(log_survive))
+            np.cumsum(np.logaddexp(np.float32(0.0), logits), axis=-1, out=alive[..., 1:])
+            gone = np.expm1(alive.take(self._first, axis=-1) - alive.take(self._last, axis=-1))  # -P(it comes)
+            gone *= self._sign
+            gone += self._offset
+            if not self._rest:
+                return gone.astype(np.float32)
+        values = np.empty((*logits.shape[:-1], len(self.keys)), np.float32)
+        if len(self._columns):
+            values[..., self._columns] = gone
         for column, instance, start, stop in self._rest:
             values[..., column] = decode(instance, logits[..., start:stop]).value
         return values
