@@ -17,7 +17,7 @@ from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import EpisodeLog, score_questions
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
-from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window, window_after, yes_or_no
+from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
 from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
@@ -127,7 +127,7 @@ class Rollout:
                 each = event_times(event, terminated, truncated)
                 times.append(EventTimes(*(flatten_rows(x) for x in each)))
             else:
-                value = flatten_rows(_window_value(target, fact, state_facts[..., column], terminated, truncated))
+                value = flatten_rows(window_value(target, fact, state_facts[..., column], terminated, truncated))
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
         features = self._head.action_features
         self._flat_actions = flatten_rows(np.stack(self._actions))
@@ -201,19 +201,6 @@ class Rollout:
         if self._normalize_inside is not None:
             return self._normalize_inside.get_original_reward()
         return [info.get("qa/raw_reward", reward) for info, reward in zip(infos, rewards, strict=True)]
-
-
-def _window_value(
-    target: Target, fact: Floats, fact_now: Floats, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
-) -> Floats:
-    truth = target.question.truth
-    if truth.operator == "now":
-        return fact_now
-    assert target.horizon is not None
-    if truth.operator == "after":
-        ended = 0.0 if target.kind == "yesno" else np.nan
-        return window_after(fact, terminated, truncated, target.horizon, ended)
-    return window(truth.operator, fact, terminated, truncated, target.horizon, truth.discount)
 
 
 def _normalize_inside(env: Any) -> VecNormalize | None:

@@ -64,7 +64,7 @@ class Args:
     """Environments side by side."""
     seed: int = 0
     """Of the training run, and of the action noise afterwards."""
-    episodes: int = 300
+    episodes: int = 1000
     """Episodes in each of the three arms."""
     question: str = "crash[k=5]"
     """The question whose answer is the risk."""

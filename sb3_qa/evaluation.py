@@ -19,11 +19,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_nor
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.callbacks.log import truths
-from sb3_qa.callbacks.rollout import _window_value
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader
 from sb3_qa.head import decode
-from sb3_qa.labels import EventTimes, LabelStore, event_times, find_cuts, yes_or_no
+from sb3_qa.labels import EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
 from sb3_qa.questions import nearest
 from sb3_qa.scores import (
     Interval,
@@ -255,7 +254,7 @@ class AnswerRecord:
                 each = event_times((fact == 1.0) == target.question.truth.event_when, terminated, truncated)
                 times.append(EventTimes(each.known.ravel(), each.event.ravel()))
             else:
-                value = _window_value(target, fact, fact_now, terminated, truncated).ravel()
+                value = window_value(target, fact, fact_now, terminated, truncated).ravel()
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
         unused = [np.zeros((len(cuts.step), t.width + 1), np.float32) for t in catalogue.targets if t.kind == "event"]
         store = LabelStore(catalogue.targets, times, values, cuts.row.ravel(), unused, None)

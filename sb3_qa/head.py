@@ -391,7 +391,9 @@ def survival(hazard_logits: Floats) -> Floats:
 
 def _comes(hazard_logits: Floats) -> Floats:
     """1 - S(K), precise where it is small."""
-    return np.asarray(-np.expm1(-np.logaddexp(0.0, hazard_logits.astype(np.float64)).sum(axis=-1)), np.float32)
+    with np.errstate(invalid="ignore"):  # a nan stays one, and whoever asked has to see it
+        log_alive = -np.logaddexp(0.0, hazard_logits.astype(np.float64)).sum(axis=-1)
+    return np.asarray(-np.expm1(log_alive), np.float32)
 
 
 def _softmax(logits: Floats) -> Floats:

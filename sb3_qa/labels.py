@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from sb3_qa.questions import Number, Target
 
-__all__ = ["Cuts", "EventTimes", "LabelStore", "event_times", "find_cuts", "window", "window_after", "yes_or_no"]
+__all__ = [
+    "Cuts",
+    "EventTimes",
+    "LabelStore",
+    "event_times",
+    "find_cuts",
+    "window",
+    "window_after",
+    "window_value",
+    "yes_or_no",
+]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -122,6 +132,22 @@ def window(
     out[unknown] = np.nan
     out[fits:] = np.nan
     return out.astype(np.float32)
+
+
+def window_value(target: Target, fact: Floats, fact_now: Floats, terminated: Bools, truncated: Bools) -> Floats:
+    """The truth of a choice, a number or a plain yes/no for each decision, (n_steps, n_envs), nan where it is not known.
+
+    :param fact: (n_steps, n_envs), f(s_{t+1})
+    :param fact_now: (n_steps, n_envs), f(s_t)
+    """
+    truth = target.question.truth
+    if truth.operator == "now":
+        return fact_now
+    assert target.horizon is not None
+    if truth.operator == "after":
+        ended = 0.0 if target.kind == "yesno" else np.nan
+        return window_after(fact, terminated, truncated, target.horizon, ended)
+    return window(truth.operator, fact, terminated, truncated, target.horizon, truth.discount)
 
 
 def yes_or_no(value: Floats) -> EventTimes:

@@ -1,0 +1,164 @@
+"""The head by itself: its closed-form gradient, the average that answers, and networks that are read by numpy."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from noise import QUESTIONS, make_env
+from stable_baselines3 import PPO
+from torch import nn
+
+from sb3_qa import Question, QuestionAnswerer
+from sb3_qa.callbacks import QACallback
+from sb3_qa.head import LONGEST_AVERAGE, QAHead, decode
+from sb3_qa.joint import question_losses
+from sb3_qa.policies import qa_policy
+from sb3_qa.questions import Catalogue
+from sb3_qa.truth import eventually
+
+
+def make_model(**policy_kwargs: Any) -> Any:
+    arguments = dict(n_steps=24, batch_size=24, n_epochs=2, seed=3)
+    return PPO(qa_policy(PPO), make_env(), policy_kwargs=dict(questions=QUESTIONS, **policy_kwargs), **arguments)
+
+
+def fill(head: QAHead, value: float) -> None:
+    with torch.no_grad():
+        head.flat.fill_(value)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("net_arch", [[], [6], [7, 6]], ids=str)
+    @pytest.mark.parametrize("questions", ["both", "states", "actions"])
+    def test_by_numpy_by_torch_and_by_autograd(self, net_arch: list[int], questions: str) -> None:
+        """The same lines run with torch where the agent is not on the CPU."""
+        kept = [q for q in QUESTIONS if questions == "both" or ("{action}" in q.text) == (questions == "actions")]
+        if not net_arch:
+            kept = [q for q in QUESTIONS if "{action}" not in q.text]
+        space = make_env().action_space
+        head = QAHead(Catalogue(kept), 5, space, net_arch)
+        rng = np.random.default_rng(0)
+        latents = [torch.as_tensor(rng.normal(size=(9, n)), dtype=torch.float32) for n in (2, 3)]
+        features = None if head.action_features is None else head.action_features(rng.integers(0, space.n, 9))
+        y = rng.random((9, head.n_logits)).astype(np.float32)
+        weight = rng.random((9, head.n_logits)).astype(np.float32)
+        for (
+            start,
+            stop,
+            width,
+        ) in head.blocks:  # a distribution over the options of a choice, known or not known as a whole
+            if width > 1:
+                parts = y[:, start:stop].reshape(9, -1, width)
+                parts /= parts.sum(-1, keepdims=True)
+                weight[:, start:stop] = np.repeat(weight[:, start:stop:width], width, axis=1)
+
+        d_latents, d_flat = head.gradients(latents, features, y, weight)
+
+        about = None if features is None else torch.as_tensor(features)
+        arrays = (torch.as_tensor(y), torch.as_tensor(weight))
+        by_torch, d_flat_by_torch = head._gradients(torch, head.weights(head.flat.detach()), latents, about, *arrays)
+        whole = torch.cat(latents, dim=1).requires_grad_()
+        (question_losses(head, head(whole, about), *arrays).sum() * 9).backward()
+        for gradients, flat in ((d_latents, d_flat), (by_torch, d_flat_by_torch)):
+            torch.testing.assert_close(torch.cat(list(gradients), dim=1), whole.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(flat, head.flat.grad, rtol=1e-4, atol=1e-6)
+
+
+class TestAverage:
+    def test_shares_by_hand(self) -> None:
+        head = make_model().policy.qa_head
+        head.average.fill_(0.0)
+        expected = 0.0
+        for n in range(1, 4):
+            fill(head, float(n))
+            head.follow()
+            expected += 10.0 / (10.0 + n) * (n - expected)
+            torch.testing.assert_close(head.average, torch.full_like(head.average, expected))
+        head.n_updates.fill_(1_000_000)
+        fill(head, expected + LONGEST_AVERAGE)
+        head.follow()
+        torch.testing.assert_close(head.average, torch.full_like(head.average, expected + 1.0))
+
+    def test_training_moves_it_and_answers_come_from_it(self) -> None:
+        model = make_model().learn(72, callback=QACallback())
+        head, obs = model.policy.qa_head, make_env().reset()
+        assert int(head.n_updates) == 6
+        assert not torch.equal(head.average, head.flat)
+        answer = QuestionAnswerer.from_model(model).ask("bad[k=6]", obs).probability
+        fill(head, 0.0)
+        with torch.no_grad():
+            head.flat.copy_(head.average)
+        np.testing.assert_array_equal(QuestionAnswerer.from_model(model).ask("bad[k=6]", obs).probability, answer)
+
+    def test_weights_written_by_hand_answer_at_once(self) -> None:
+        """So that a head which has become useless is noticed, whoever made it so."""
+        model = make_model().learn(72, callback=QACallback())
+        qa, obs = QuestionAnswerer.from_model(model), make_env().reset()
+        assert np.isfinite(qa.ask("bad[k=6]", obs).probability).all()
+        fill(model.policy.qa_head, float("nan"))
+        assert np.isnan(qa.ask("bad[k=6]", obs).probability).all()
+
+    def test_copies_and_loads_keep_it(self) -> None:
+        model = make_model().learn(72, callback=QACallback())
+        obs = make_env().reset()
+        answer = QuestionAnswerer.from_model(model).ask("bad[k=6]", obs).probability
+        file = io.BytesIO()
+        model.save(file)
+        file.seek(0)
+        loaded = PPO.load(file)
+        assert int(loaded.policy.qa_head.n_updates) == 6
+        for policy in (loaded.policy, copy.deepcopy(loaded.policy)):
+            np.testing.assert_array_equal(QuestionAnswerer(policy).ask("bad[k=6]", obs).probability, answer)
+
+    def test_without_questions_to_learn_it_stays(self) -> None:
+        head = make_model(qa_coef=0.0).learn(72, callback=QACallback()).policy.qa_head
+        assert int(head.n_updates) == 0
+        assert torch.equal(head.average, head.flat)
+
+
+def test_a_small_probability_keeps_its_digits() -> None:
+    catalogue = Catalogue([Question("Bad within {k} steps?", eventually("bad", within="k"), k=[3], name="bad")])
+    logits = np.full((1, 3), np.log(1e-9), np.float32)
+    assert decode(catalogue.find("bad[k=3]"), logits).probability == pytest.approx(3e-9, rel=1e-4)
+
+
+class TestReadByNumpy:
+    @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Identity, nn.ELU])
+    @pytest.mark.parametrize("net_arch", [[], [16, 8], dict(pi=[8], vf=[])], ids=str)
+    def test_latents_are_those_of_torch(self, activation: type[nn.Module], net_arch: Any) -> None:
+        policy = make_model(activation_fn=activation, net_arch=net_arch).policy
+        obs = np.random.default_rng(0).normal(size=(7, *policy.observation_space.shape)).astype(np.float32)
+        with torch.no_grad():
+            expected = policy.mlp_extractor(policy.extract_features(torch.as_tensor(obs)))
+            preferred = policy.get_distribution(torch.as_tensor(obs)).mode()
+        latents = policy.qa_taps.read(policy, obs)
+        for latent, by_torch in zip(latents, expected, strict=True):
+            np.testing.assert_allclose(latent, by_torch.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(policy.qa_taps.preferred(policy, obs, latents), preferred.numpy())
+
+    def test_follows_what_becomes_of_the_network(self) -> None:
+        policy = make_model(net_arch=[8]).policy
+        obs = np.ones((2, *policy.observation_space.shape), np.float32)
+
+        def check() -> None:
+            with torch.no_grad():
+                expected = policy.mlp_extractor(policy.extract_features(torch.as_tensor(obs)))[0]
+            np.testing.assert_allclose(policy.qa_taps.read(policy, obs)[0], expected.numpy(), rtol=1e-5, atol=1e-6)
+
+        check()
+        layer = policy.mlp_extractor.policy_net[0]
+        layer.weight.data.mul_(-2.0)  # in place
+        check()
+        layer.weight.data = torch.ones_like(layer.weight)  # elsewhere
+        check()
+        policy.mlp_extractor.policy_net[0] = nn.Linear(layer.in_features, 8)
+        check()
+        policy.mlp_extractor.policy_net[1].register_forward_hook(lambda module, args, output: output + 1.0)
+        check()
+        policy.mlp_extractor.policy_net[1] = nn.ELU()
+        check()
