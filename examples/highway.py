@@ -53,7 +53,7 @@ EVAL_SEED = 10_000  # of the first reported episode; tuning was done on other ep
 
 @dataclass
 class Args:
-    timesteps: int = 100_000
+    timesteps: int = 300_000
     """Environment steps to train for."""
     n_envs: int = 8
     """Environments side by side, in training."""
@@ -65,7 +65,7 @@ class Args:
     """Episodes in each arm in highway-env, which runs some 50 steps a second."""
     question: str = "crash[k=5]"
     """The question whose answer is the risk."""
-    threshold: float = 0.3
+    threshold: float = 0.1
     """An action is vetoed when its risk is at least this."""
     out: Path = Path("outputs/highway")
     """Where results go."""

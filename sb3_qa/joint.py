@@ -80,10 +80,9 @@ class JointTraining:
     agent's parameters is clipped *by itself* at the same ``max_grad_norm`` before it is added. With g the agent's own
     gradient and c the limit, plain training applies g * min(1, c/|g|); joint training keeps at least
     g * min(1, c/(|g| + c)), so the agent never loses more than half of its step, whatever the questions, their number
-    or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on the first minibatch and then on one in
-    ``MEASURE_EVERY`` (one in eight times as many, while it is far below the limit); in between it is taken to be
-    proportional to the norm of the loss's gradient with respect to the latents. Without clipping, the gradient is exactly
-    that of the sum of the losses.
+    or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on one minibatch in
+    ``MEASURE_EVERY`` (on the first always); in between it is taken to be proportional to the norm of the loss's
+    gradient with respect to the latents. Without clipping, the gradient is exactly that of the sum of the losses.
     """
 
     MEASURE_EVERY = 32
@@ -172,14 +171,13 @@ class JointTraining:
     ) -> float:
         """The share of the gradient that goes on into the agent's parameters, where its norm is ``max_grad_norm`` at most."""
         assert self.max_grad_norm is not None
-        near = self._measured_norm * share >= self.max_grad_norm / 4
-        if self.n_passes % (self.MEASURE_EVERY if near else 8 * self.MEASURE_EVERY) == 0:
+        if self.n_passes % self.MEASURE_EVERY == 0:
             on = [n for n, latent in enumerate(latents) if latent.requires_grad]
             outputs, sent = [latents[n] for n in on], [gradients[n] for n in on]
             grads = torch.autograd.grad(outputs, list(parameters()), sent, retain_graph=True, allow_unused=True)
             norm = self._measured_norm = _norm([g for g in grads if g is not None])
             self._amplification = norm / max(_norm(gradients), 1e-30)
-        elif not near:
+        elif self._measured_norm * share < self.max_grad_norm / 4:
             return share
         else:
             norm = _norm(gradients) * self._amplification

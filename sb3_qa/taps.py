@@ -192,17 +192,17 @@ class _Dense:
     """
 
     def __init__(self) -> None:
-        self._key: list[int] = []
+        self._key: list[Any] = []
         self._steps: list[tuple[Floats, Floats | None] | Callable[[Floats], Floats]] = []
 
     def __call__(self, net: nn.Sequential, x: Floats) -> Floats | None:
         """(n, n_in) -> (n, n_out); None where the layers are others, are elsewhere than on the CPU, or have hooks."""
-        key = []
+        key: list[Any] = []
         for layer in net._modules.values():
             assert layer is not None
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return None
-            key.append(id(layer))
+            key.append(layer)
             key += [parameter.data_ptr() for parameter in layer._parameters.values() if parameter is not None]
         if key != self._key:
             steps = [_step_of(layer) for layer in net]
