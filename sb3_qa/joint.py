@@ -1,6 +1,6 @@
 """Joint training without touching the algorithm: the question loss rides on the algorithm's own backward pass.
 
-:func:`attach` is the identity on one of the network's outputs. In backward it also sends the gradient of the question
+:func:`attach` leaves the output of the network as it is. In backward hooks also send the gradient of the question
 loss into the head's weights, and into the latents, from where it flows through the trunk with the agent's own: one
 forward, one backward, one ``optimizer.step()``. (Mixture-of-experts models attach their load-balancing losses by the same device.)
 """
@@ -8,12 +8,13 @@ forward, one backward, one ``optimizer.step()``. (Mixture-of-experts models atta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd.function import once_differentiable
+from torch import nn
 
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
@@ -24,30 +25,29 @@ __all__ = ["JointTraining", "attach", "question_losses"]
 Floats = NDArray[np.float32]
 
 
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, gradients: Sequence[torch.Tensor | None], *parts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.gradients = gradients
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        return grad_output, None, *ctx.gradients
-
-
 def attach(
-    output: torch.Tensor, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    output: torch.Tensor, latents: Sequence[tuple[torch.Tensor, torch.Tensor]], head: nn.Parameter, d_head: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``output`` unchanged; a backward pass that goes through it also sends each gradient into its part.
+    """Return ``output`` as it is; the backward pass that goes through it adds gradients on its way.
 
-    :param output: any tensor that the algorithm's loss depends on
-    :param parts: tensors of a graph, or parameters
-    :param gradients: one for each part, of its shape; None for none
+    They are added by hooks, in the one pass of the engine, before the trunk's own backward: a node of the graph in Python
+    (``torch.autograd.Function``) does the same at twice the cost.
+
+    :param output: what the algorithm goes on with
+    :param latents: tensors of the graph of ``output``, each with the gradient to be added to its own
+    :param head: a parameter outside of that graph
+    :param d_head: its gradient, accumulated in ``head.grad``
     """
-    return _Attach.apply(output, gradients, *parts)  # type: ignore[no-untyped-call]
+    if not output.requires_grad:  # a frozen agent: the head alone learns
+        output = output.detach().requires_grad_()
+    output.register_hook(partial(_accumulate, head, d_head))
+    for latent, gradient in latents:
+        latent.register_hook(partial(torch.add, gradient))
+    return output
+
+
+def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -147,10 +147,14 @@ class JointTraining:
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
-        sent: list[torch.Tensor | None] = [*d_latents]
-        if share != 1.0:
-            sent = [None if share == 0.0 else d_latent * share for d_latent in d_latents]
-        return attach(output, [*latents, head.flat], [*sent, d_flat])
+        sent = []
+        if share:
+            sent = [
+                (x, d if share == 1.0 else d * share)
+                for x, d in zip(latents, d_latents, strict=True)
+                if x.requires_grad
+            ]
+        return attach(output, sent, head.flat, d_flat)
 
     @staticmethod
     @torch.no_grad()

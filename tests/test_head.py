@@ -16,7 +16,7 @@ from torch import nn
 from sb3_qa import Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.head import LONGEST_AVERAGE, QAHead, decode
-from sb3_qa.joint import question_losses
+from sb3_qa.joint import attach, question_losses
 from sb3_qa.policies import qa_policy
 from sb3_qa.questions import Catalogue
 from sb3_qa.truth import eventually
@@ -162,3 +162,24 @@ class TestReadByNumpy:
         check()
         policy.mlp_extractor.policy_net[1] = nn.ELU()
         check()
+
+
+class TestAttach:
+    def test_adds_on_the_way_of_the_pass(self) -> None:
+        x = torch.tensor([1.0, 2.0], requires_grad=True)
+        head = nn.Parameter(torch.zeros(3))
+        latent = 3.0 * x
+        output = attach(latent.sum() * 2.0, [(latent, torch.tensor([10.0, 20.0]))], head, torch.ones(3))
+        assert float(output) == 18.0
+        assert head.grad is None
+        output.backward(retain_graph=True)
+        assert x.grad.tolist() == [36.0, 66.0]  # 3 * (2 + 10) and 3 * (2 + 20)
+        assert head.grad.tolist() == [1.0] * 3
+        output.backward()  # gradients of several passes add up
+        assert x.grad.tolist() == [72.0, 132.0]
+        assert head.grad.tolist() == [2.0] * 3
+
+    def test_the_head_of_a_frozen_agent_learns(self) -> None:
+        head = nn.Parameter(torch.zeros(3))
+        (attach(torch.ones(4), [], head, torch.ones(3)) * 5.0).sum().backward()
+        assert head.grad.tolist() == [1.0] * 3
