@@ -170,7 +170,7 @@ class TestAttach:
         head = nn.Parameter(torch.zeros(3))
         latent = 3.0 * x
         output = attach(latent.sum() * 2.0, [(latent, torch.tensor([10.0, 20.0]))], head, torch.ones(3))
-        assert float(output) == 18.0
+        assert output.item() == 18.0
         assert head.grad is None
         output.backward(retain_graph=True)
         assert x.grad.tolist() == [36.0, 66.0]  # 3 * (2 + 10) and 3 * (2 + 20)
