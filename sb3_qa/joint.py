@@ -31,7 +31,7 @@ def attach(
     """Return ``output`` as it is; the backward pass that goes through it adds gradients on its way.
 
     They are added by hooks, in the one pass of the engine, before the trunk's own backward: a node of the graph in Python
-    (``torch.autograd.Function``) does the same at twice the cost.
+    (``torch.autograd.Function``) does the same and costs more.
 
     :param output: what the algorithm goes on with
     :param latents: tensors of the graph of ``output``, each with the gradient to be added to its own
