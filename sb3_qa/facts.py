@@ -16,9 +16,11 @@ from sb3_qa.truth import Step, fact_slots
 
 __all__ = ["FactReader"]
 
-
-_BOOLS: frozenset[type] = frozenset([bool, np.bool_])
-_NUMBERS: frozenset[type] = frozenset([float, int, np.float32, np.float64])
+# Values that are taken as they are, by the kind of answer.
+_COMMON: dict[type, frozenset[type]] = {
+    YesNo: frozenset([bool, np.bool_]),
+    Number: frozenset([float, int, np.float32, np.float64]),
+}
 
 
 class _Signal:
@@ -28,9 +30,7 @@ class _Signal:
         self.question = target.question
         self.fact = target.question.truth.fact
         self.answer = YesNo() if target.question.truth.is_event else target.question.answer
-        self._common: frozenset[type] = _BOOLS if isinstance(self.answer, YesNo) else frozenset()
-        if isinstance(self.answer, Number):
-            self._common = _NUMBERS
+        self._common = next((types for kind, types in _COMMON.items() if isinstance(self.answer, kind)), frozenset())
         self.seen = False
         self.key: str | None = None
         self.call: Callable[[Step], Any] | None = None

@@ -29,7 +29,6 @@ __all__ = ["QAHead", "Weights", "decode", "survival"]
 Floats = NDArray[np.float32]
 Array = Any  # a numpy array or a torch tensor
 
-
 LONGEST_AVERAGE = 500  # updates that answers are averaged over
 
 
