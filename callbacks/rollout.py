@@ -167,7 +167,7 @@ class Rollout:
             target.question.per_action for target in targets
         ):  # what comes next is up to the policy: a mixture of its actions
             if isinstance(self.model.action_space, spaces.Discrete):
-                shares = reading.distribution().distribution.probs.cpu().numpy()
+                shares = reading.shares()
                 logits = reading.action_logits()
             else:
                 actions = reading.sampled(POLICY_SAMPLES, seed=self.model.num_timesteps)

@@ -92,9 +92,9 @@ class Reading:
         offset = self._head.n_state
         return self.action_logits(actions)[..., target.start - offset : target.stop - offset]
 
-    def distribution(self) -> Any:
-        """The policy's own distribution over actions in these observations."""
-        return self._policy.qa_taps.distribution(self._policy, self._obs, self._latents)
+    def shares(self) -> Floats:
+        """How often the policy takes each action of a discrete space here, (n, n_actions)."""
+        return self._policy.qa_taps.shares(self._policy, self._obs, self._latents)  # type: ignore[no-any-return]
 
     def preferred(self) -> NDArray[Any]:
         """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""
@@ -103,14 +103,13 @@ class Reading:
 
     def sampled(self, n: int, seed: int) -> NDArray[Any]:
         """``n`` actions of the policy for each observation, (n_obs, n, *action_shape); no shared random stream is used."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            distribution = self.distribution()
-            actions = np.stack([distribution.get_actions().cpu().numpy() for _ in range(n)], axis=1)
+            actions = self._policy.qa_taps.sampled(self._policy, self._obs, self._latents, n)
         return self._for_environment(actions.reshape(len(self), n, *self._policy.action_space.shape))
 
-    def log_prob(self, actions: NDArray[Any]) -> Floats:
-        """The policy's log-probability of candidates (n, m, *action_shape): (n, m)."""
+    def preference(self, actions: NDArray[Any]) -> Floats:
+        """How much the policy likes candidates (n, m, *action_shape): (n, m), see :meth:`Taps.preference`."""
         space = self._policy.action_space
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             actions = actions - space.start
@@ -118,10 +117,8 @@ class Reading:
             actions = actions.astype(np.float32)
         elif self._policy.squash_output:
             actions = self._policy.scale_action(actions)
-        with torch.no_grad():
-            distribution = self.distribution()
-            columns = [torch.as_tensor(actions[:, j], device=self._policy.device) for j in range(actions.shape[1])]
-            return np.stack([distribution.log_prob(column).cpu().numpy() for column in columns], axis=1)
+        preference: Floats = self._policy.qa_taps.preference(self._policy, self._obs, self._latents, actions)
+        return preference
 
     def _for_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
         space = self._policy.action_space

@@ -94,6 +94,10 @@ class JointTraining:
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
         self.max_grad_norm: float | None = None
+        self.critic_only = False
+        """Whether questions join the passes of the critic alone, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
+        self.observations: Any = None
+        """What the algorithm was handed with the pending rows, where only the critic is passed."""
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
@@ -106,10 +110,11 @@ class JointTraining:
     def __reduce__(self) -> tuple[Any, ...]:
         return JointTraining, (self.coef, self.trunk_gradient)
 
-    def hand_out(self, rows: NDArray[np.intp]) -> None:
+    def hand_out(self, rows: NDArray[np.intp], observations: Any = None) -> None:
         """The buffer has just handed out these rows; the next pass with gradients is about them."""
         if self.store is not None and self.coef:
             self._pending = rows
+            self.observations = observations if self.critic_only else None
 
     @property
     def waiting(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,21 +12,39 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_qa.errors import QAError
 
-__all__ = ["READOUTS", "Taps"]
+__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "readout"]
 
 Floats = NDArray[np.float32]
 
-READOUTS: dict[type[BasePolicy], tuple[str, ...]] = {
-    ActorCriticPolicy: ("action_net", "value_net"),
+READOUTS: dict[str, tuple[str, ...]] = {
+    "ActorCriticPolicy": ("action_net", "value_net"),  # PPO, A2C, TRPO
+    "MaskableActorCriticPolicy": ("action_net", "value_net"),
+    "DQNPolicy": ("q_net.q_net",),
+    "QRDQNPolicy": ("quantile_net.quantile_net",),
+    "SACPolicy": ("actor.mu",),
+    "TD3Policy": ("actor.mu",),  # DDPG's as well
+    "TQCPolicy": ("actor.mu",),
+    "CrossQPolicy": ("actor.mu",),
 }
-"""Names of the readouts of each family of policies, in the order of its class hierarchy."""
+"""The readouts of each family of policies, by the name of its class, as sb3-contrib need not be installed. Of a sequence of
+layers its last linear one is meant."""
+
+CRITIC_ONLY = {"TRPO": "value_net"}
+"""Algorithms whose actor takes steps that no loss can be added to, with the readout that the questions are joined at."""
+
+REFUSED = {
+    "RecurrentActorCriticPolicy": "answers would need the state of its LSTM, which observations do not hold; use PPO, with "
+    "VecFrameStack for a memory",
+    "ARSPolicy": "ARS moves its weights at random, and there is no gradient that questions could be learnt by; use PPO or SAC",
+}
+"""Families that cannot be taught, and what to do instead."""
 
 # What ActorCriticPolicy computes its latents with; a subclass that replaces any of it is read through its own passes.
 _PASSES = (
@@ -51,23 +69,15 @@ class Taps:
     """Reads the latents of a policy, in passing (hooks on the readouts) or on request.
 
     :param policy: a policy of a family in :data:`READOUTS`
+    :param names: of its readouts, for a policy of another family
     :raises QAError: when its readouts cannot be found
     """
 
-    def __init__(self, policy: BasePolicy) -> None:
-        family = next((names for kind, names in READOUTS.items() if isinstance(policy, kind)), None)
-        if family is None:
-            raise QAError(
-                f"qa_policy got {type(policy).__name__}; expected a subclass of "
-                f"{', '.join(kind.__name__ for kind in READOUTS)}; use PPO or A2C, or derive the policy from one of these"
-            )
-        missing = [name for name in family if not isinstance(getattr(policy, name, None), nn.Module)]
-        if missing:
-            raise QAError(
-                f"{type(policy).__name__} has no module {missing[0]!r}; expected the readouts {family}; name its last layers so"
-            )
+    def __init__(self, policy: BasePolicy, names: Sequence[str] | None = None) -> None:
+        family = _readouts_of(policy, names)
         self.names = family
-        self._direct = all(_is_stock(type(policy), name) for name in _PASSES)
+        self._actor_critic = hasattr(policy, "evaluate_actions")
+        self._direct = self._actor_critic and all(_is_stock(type(policy), name) for name in _PASSES)
         self._dense = (_Dense(), _Dense()) if self._direct and _is_plain_mlp(policy) else None
         self.seen: list[torch.Tensor | None] = [None] * len(family)
         self._watched: list[torch.Tensor] = []
@@ -102,6 +112,13 @@ class Taps:
         self.clear()
         return [latents[n] for n in self.keep]
 
+    def note_alone(self, index: int, latent: torch.Tensor, policy: Any, obs: Any) -> list[torch.Tensor]:
+        """Latents of all readouts where a pass reaches only one of them; the others are read without a gradient."""
+        with torch.no_grad():
+            latents = self.tensors(policy, obs)
+        latents[index] = latent
+        return [latents[n] for n in self.keep]
+
     def clear(self) -> None:
         """Forget a pass."""
         self.seen = [None] * len(self.names)
@@ -114,17 +131,11 @@ class Taps:
             small = [dense(net, x) for dense, net in zip(self._dense, nets, strict=True)]
             if small[0] is not None and small[1] is not None:
                 return [small[0], small[1]]
-        training = policy.training
-        if training:
-            policy.set_training_mode(False)
-        try:
-            with torch.no_grad():
-                return [latent.cpu().numpy() for latent in self._by_torch(policy, _tensors(policy, obs))]
-        finally:
-            if training:
-                policy.set_training_mode(True)
+        with torch.no_grad(), _evaluating(policy):
+            return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
 
-    def _by_torch(self, policy: Any, obs: Any) -> list[torch.Tensor]:
+    def tensors(self, policy: Any, obs: Any) -> list[torch.Tensor]:
+        """Latents of each readout (n, dim) for a batch of tensors, as the policy computes them."""
         if not self._direct:
             return self._by_passes(policy, obs)
         features = policy.extract_features(obs)
@@ -135,10 +146,9 @@ class Taps:
 
     def distribution(self, policy: Any, obs: Any, latents: list[Floats]) -> Any:
         """The policy's distribution over actions, from latents that were read of these observations."""
-        with torch.no_grad():
-            if self._direct:
-                return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
-            return policy.get_distribution(_tensors(policy, obs))
+        if self._direct:
+            return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
+        return policy.get_distribution(_tensors(policy, obs))
 
     def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> NDArray[Any]:
         """The actions (n, ...) the policy likes best."""
@@ -149,11 +159,47 @@ class Taps:
             if isinstance(step, tuple):
                 logits = latents[0] @ step[0]
                 return np.argmax(logits if step[1] is None else logits + step[1], axis=1)
-        with torch.no_grad():
-            actions: NDArray[Any] = (
-                self.distribution(policy, obs, latents).get_actions(deterministic=True).cpu().numpy()
-            )
-            return actions
+        return self._acted(policy, obs, latents, deterministic=True)
+
+    def sampled(self, policy: Any, obs: Any, latents: list[Floats], n: int) -> NDArray[Any]:
+        """``n`` actions for each observation, (n_obs, n, ...), drawn as the policy draws them."""
+        return np.stack([self._acted(policy, obs, latents, deterministic=False) for _ in range(n)], axis=1)
+
+    def _acted(self, policy: Any, obs: Any, latents: list[Floats], *, deterministic: bool) -> NDArray[Any]:
+        with torch.no_grad(), _evaluating(policy):
+            if self._actor_critic:
+                actions = self.distribution(policy, obs, latents).get_actions(deterministic=deterministic)
+            else:
+                actions = policy._predict(_tensors(policy, obs), deterministic=deterministic)
+            found: NDArray[Any] = actions.cpu().numpy()
+            return found
+
+    def shares(self, policy: Any, obs: Any, latents: list[Floats]) -> Floats:
+        """How often (n, n_actions) the policy takes each action of a discrete space; all or nothing where it is greedy."""
+        if self._actor_critic:
+            with torch.no_grad():
+                shares: Floats = self.distribution(policy, obs, latents).distribution.probs.cpu().numpy()
+                return shares
+        return np.eye(int(policy.action_space.n), dtype=np.float32)[self.preferred(policy, obs, latents)]
+
+    def preference(self, policy: Any, obs: Any, latents: list[Floats], actions: NDArray[Any]) -> Floats:
+        """How much the policy likes each of the candidates (n, m, ...), as it counts and scales actions itself: (n, m).
+
+        The log-probability; for agents that have none, the value of a discrete action, and for a continuous one the nearness
+        to the action that the policy would take.
+        """
+        with torch.no_grad(), _evaluating(policy):
+            if self._actor_critic:
+                distribution = self.distribution(policy, obs, latents)
+                columns = [torch.as_tensor(actions[:, j], device=policy.device) for j in range(actions.shape[1])]
+                return np.stack([distribution.log_prob(column).cpu().numpy() for column in columns], axis=1)
+            if isinstance(policy.action_space, spaces.Discrete):
+                with _recording_outputs(policy, self.names[0]) as seen:
+                    policy._predict(_tensors(policy, obs), deterministic=True)
+                values = seen[0].reshape(len(seen[0]), -1, int(policy.action_space.n)).mean(dim=1).cpu().numpy()
+                return np.asarray(np.take_along_axis(values, actions, axis=1), np.float32)
+            best = self._acted(policy, obs, latents, deterministic=True)
+            return np.asarray(-np.square(actions - best[:, None]).reshape(*actions.shape[:2], -1).sum(-1), np.float32)
 
     def version(self, policy: Any) -> int:
         """A number that changes whenever an optimiser, or a state that is loaded, changes the agent's weights."""
@@ -163,26 +209,73 @@ class Taps:
 
     def _by_passes(self, policy: Any, obs: Any) -> list[torch.Tensor]:
         with _recording(policy, self.names) as seen:
-            policy.get_distribution(obs)
-            policy.predict_values(obs)
+            if self._actor_critic:
+                policy.get_distribution(obs)
+                policy.predict_values(obs)
+            else:
+                policy._predict(obs, deterministic=True)
         return [seen[name] for name in self.names]
 
     def _by_evaluation(self, policy: Any) -> list[torch.Tensor]:
-        """Run the pass that training uses, once, on a blank observation, to see what enters the readouts."""
-        training = policy.training
-        policy.train(False)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _recording(policy, self.names) as seen:
-            policy.evaluate_actions(
-                _blank(policy.observation_space, policy.device), _blank_action(policy.action_space, policy.device)
-            )
-        policy.train(training)
+        """Run the policy once, on a blank observation, to see what enters the readouts."""
+        obs = _blank(policy.observation_space, policy.device)
+        called = "evaluate_actions" if self._actor_critic else "_predict"
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            _evaluating(policy),
+            _recording(policy, self.names) as seen,
+        ):
+            if self._actor_critic:
+                policy.evaluate_actions(obs, _blank_action(policy.action_space, policy.device))
+            else:
+                policy._predict(obs, deterministic=True)
         unread = [name for name in self.names if name not in seen]
         if unread:
             raise QAError(
-                f"{type(policy).__name__}.evaluate_actions() does not call {unread[0]!r}; expected a pass through all of {self.names}, "
+                f"{type(policy).__name__}.{called}() does not call {unread[0]!r}; expected a pass through all of {self.names}, "
                 "which is where the question loss joins; call it as a module"
             )
         return [seen[name] for name in self.names]
+
+
+def readout(policy: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name, or the last linear layer of it where it is a sequence of layers.
+
+    :raises QAError: when there is none
+    """
+    try:
+        module = operator.attrgetter(name)(policy)
+    except AttributeError:
+        module = None
+    if isinstance(module, nn.Sequential):
+        module = next((layer for layer in reversed(module) if isinstance(layer, nn.Linear)), None)
+    if not isinstance(module, nn.Module):
+        known = [name for name, child in policy.named_modules() if name and isinstance(child, nn.Linear)]
+        raise QAError(
+            f"{type(policy).__name__} has no module {name!r}; expected one of its last layers; its linear layers are {known}; "
+            "name those in policy_kwargs=dict(qa_readouts=[...])"
+        )
+    return module
+
+
+def _readouts_of(policy: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the readouts: as given, or those of the policy's family."""
+    kinds = [cls.__name__ for cls in type(policy).__mro__]
+    if names is None:
+        for kind in kinds:
+            if kind in READOUTS:
+                names = READOUTS[kind]
+                break
+        else:
+            linear = [name for name, child in policy.named_modules() if name and isinstance(child, nn.Linear)]
+            raise QAError(
+                f"qa_policy got {type(policy).__name__}, and does not know where it keeps its readouts; expected a subclass of one of "
+                f"{', '.join(READOUTS)}, or their names; its linear layers are {linear}: give policy_kwargs=dict(qa_readouts=[...])"
+            )
+    for name in names:
+        readout(policy, name)
+    return tuple(names)
 
 
 class _Dense:
@@ -256,7 +349,7 @@ def _recording(policy: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, 
     def note(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         seen[name] = args[0]
 
-    handles = [operator.attrgetter(name)(policy).register_forward_pre_hook(partial(note, name)) for name in names]
+    handles = [readout(policy, name).register_forward_pre_hook(partial(note, name)) for name in names]
     try:
         yield seen
     finally:
@@ -264,9 +357,32 @@ def _recording(policy: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, 
             handle.remove()
 
 
+@contextmanager
+def _recording_outputs(policy: nn.Module, name: str) -> Iterator[list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    handle = readout(policy, name).register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(policy: Any) -> Iterator[None]:
+    """Layers as they are for evaluation; afterwards each as it was, also where an algorithm has switched some by hand."""
+    before = [module for module in policy.modules() if module.training] if policy.training else []
+    if before:
+        policy.train(False)
+    try:
+        yield
+    finally:
+        for module in before:
+            module.training = True
+
+
 def _is_stock(cls: type, name: str) -> bool:
     owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-    return owner is not None and owner.__module__.startswith("stable_baselines3.")
+    return owner is not None and owner.__module__.startswith(("stable_baselines3.", "sb3_contrib."))
 
 
 def _blank(space: spaces.Space[Any], device: torch.device) -> Any:

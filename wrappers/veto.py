@@ -175,7 +175,7 @@ class VetoRule(AnswerRule):
     def replace(self, actions: NDArray[Any], candidates: NDArray[Any], risk: Floats) -> NDArray[Any]:
         """For each environment the candidate to execute instead."""
         # The copy is for torch, which warns of arrays that cannot be written to.
-        preference = self.here.log_prob(np.array(candidates)) if self.on_veto == "policy" else None
+        preference = self.here.preference(np.array(candidates)) if self.on_veto == "policy" else None
         best = safest(risk, preference, self.threshold)
         rows = np.arange(len(best))
         chosen = np.array(candidates[rows, best])

@@ -1,4 +1,4 @@
-"""Policy classes with a question-answering head, for any SB3 actor-critic algorithm or policy class."""
+"""Policy classes with a question-answering head, for any SB3 or sb3-contrib algorithm or policy class."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import (
 
 from sb3_qa.errors import QAError
 from sb3_qa.policies.mixin import QAPolicyMixin
+from sb3_qa.taps import REFUSED
 
 __all__ = ["QACnnPolicy", "QAMlpPolicy", "QAMultiInputPolicy", "QAPolicyMixin", "qa_policy"]
 
@@ -48,10 +49,9 @@ def qa_policy(
         raise QAError(f"qa_policy got {given!r}; expected an SB3 algorithm or policy class; write e.g. qa_policy(PPO)")
     if issubclass(policy_class, QAPolicyMixin):
         return policy_class
-    if not issubclass(policy_class, ActorCriticPolicy):
-        raise QAError(
-            f"qa_policy got {policy_class.__name__}; expected an actor-critic policy (a subclass of ActorCriticPolicy); use PPO or A2C"
-        )
+    for kind in policy_class.__mro__:
+        if kind.__name__ in REFUSED:
+            raise QAError(f"qa_policy got {policy_class.__name__}; expected another, as {REFUSED[kind.__name__]}")
     if policy_class not in _MADE:
         _MADE[policy_class] = _make(policy_class)
     return _MADE[policy_class]

@@ -14,7 +14,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.joint import JointTraining
 from sb3_qa.questions import Catalogue, Question
-from sb3_qa.taps import Taps
+from sb3_qa.taps import Taps, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -31,6 +31,8 @@ class QAPolicyMixin:
     :param qa_net_arch: widths of the head's own layers
     :param qa_encoder: how the head's rows are made from questions: "index"
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
+    :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
+        algorithms of SB3 and sb3-contrib
     """
 
     qa_head: QAHead
@@ -45,6 +47,7 @@ class QAPolicyMixin:
         qa_net_arch: Sequence[int] = (32,),
         qa_encoder: str = "index",
         action_names: Sequence[str] | None = None,
+        qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if questions is None:
@@ -62,9 +65,10 @@ class QAPolicyMixin:
             qa_net_arch=list(qa_net_arch),
             qa_encoder=qa_encoder,
             action_names=None if action_names is None else list(action_names),
+            qa_readouts=None if qa_readouts is None else list(qa_readouts),
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
-        self.qa_taps = Taps(self)  # type: ignore[arg-type]
+        self.qa_taps = Taps(self, qa_readouts)  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
         self.qa_head = QAHead(
             catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
@@ -73,13 +77,15 @@ class QAPolicyMixin:
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self._qa_join_optimizer()
         for index, name in enumerate(self.qa_taps.names):
-            getattr(self, name).register_forward_hook(partial(_tapped, self, index))
+            readout(self, name).register_forward_hook(partial(_tapped, self, index))  # type: ignore[arg-type]
 
     def _qa_join_optimizer(self) -> None:
         """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
         a few small tensors, and with an epsilon small enough for a mean over many questions.
         """
-        optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
+        # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
+        owner = self if isinstance(getattr(self, "optimizer", None), torch.optim.Optimizer) else self.actor  # type: ignore[attr-defined]
+        optimizer: torch.optim.Optimizer = owner.optimizer
         group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
         options = optimizer.defaults
         if (
@@ -132,7 +138,10 @@ def _tapped(
     joint: JointTraining = policy.qa_joint
     if not (joint.waiting and torch.is_grad_enabled()):
         return None
-    latents = policy.qa_taps.note(index, args[0])
+    if joint.critic_only:
+        latents = policy.qa_taps.note_alone(index, args[0], policy, joint.observations) if index == 1 else None
+    else:
+        latents = policy.qa_taps.note(index, args[0])
     return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)
 
 
