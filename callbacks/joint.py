@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import label_rows, stop_labelling
-from sb3_qa.callbacks.rollout import Rollout
+from sb3_qa.callbacks.replay import Replay
+from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
+from sb3_qa.taps import CRITIC_ONLY
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
 __all__ = ["QACallback", "bind_wrappers"]
+
+LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
 
 
 class QACallback(BaseCallback):
@@ -34,11 +40,16 @@ class QACallback(BaseCallback):
     Pass it to ``learn``, by itself or in a list of callbacks.
 
     :param verbose: as in SB3
+    :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
+        environment answered to it, or the "executed"
     """
 
-    def __init__(self, verbose: int = 0) -> None:
+    def __init__(self, verbose: int = 0, store: Literal["proposed", "executed"] = "proposed") -> None:
         super().__init__(verbose)
-        self._rollout: Rollout | None = None
+        if store not in ("proposed", "executed"):
+            raise QAError(f'QACallback got store={store!r}; expected "proposed" or "executed"; give one of them')
+        self.store = store
+        self._recorder: Recorder | None = None
 
     @property
     def _policy(self) -> QAPolicyMixin:
@@ -51,38 +62,61 @@ class QACallback(BaseCallback):
                 f"QACallback got a model whose {type(self.model.policy).__name__} has no questions; expected one made by qa_policy(); "
                 f"write {name}(qa_policy({name}), env, policy_kwargs=dict(questions=[...]))"
             )
-        if not isinstance(self.model, OnPolicyAlgorithm):
-            raise QAError(f"QACallback got {type(self.model).__name__}; expected PPO or A2C; use one of them")
+        if not isinstance(self.model, (OnPolicyAlgorithm, OffPolicyAlgorithm)):
+            raise QAError(
+                f"QACallback got {type(self.model).__name__}; expected an algorithm with a rollout or replay buffer; use e.g. PPO or SAC"
+            )
+        if self.store == "executed" and not isinstance(self.model, OffPolicyAlgorithm):
+            raise QAError(
+                f'QACallback got store="executed" with {type(self.model).__name__}; expected an algorithm with a replay buffer, as an '
+                "on-policy one learns from what it proposed; leave it out"
+            )
 
     def _on_training_start(self) -> None:
-        assert isinstance(self.model, OnPolicyAlgorithm)
-        _check_horizons(self._policy.qa_head.catalogue, self.model.n_steps)
-        answerer = QuestionAnswerer.from_model(self.model)
-        bind_wrappers(self.model.get_env(), answerer, self.model.gamma)
-        _check_same_observations(self.model.get_env(), self.model._last_obs)
+        model = self.model
+        if isinstance(model, OnPolicyAlgorithm):
+            _check_horizons(self._policy.qa_head.catalogue, model.n_steps)
+        answerer = QuestionAnswerer.from_model(model)
+        bind_wrappers(model.get_env(), answerer, model.gamma)  # type: ignore[attr-defined]
+        _check_same_observations(model.get_env(), model._last_obs)
         for env in _eval_envs(self.locals.get("callback")):
-            bind_wrappers(env, answerer, self.model.gamma)
+            bind_wrappers(env, answerer, model.gamma)  # type: ignore[attr-defined]
         joint = self._policy.qa_joint
-        limit = getattr(self.model, "max_grad_norm", None)
+        limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
-        label_rows(self.model.rollout_buffer, joint)
-        self._rollout = Rollout(self.model, answerer)
+        joint.critic_only = next((CRITIC_ONLY[c.__name__] for c in type(model).__mro__ if c.__name__ in CRITIC_ONLY), None)
+        label_rows(self._buffer, joint)
+        if isinstance(model, OnPolicyAlgorithm):
+            self._recorder = Rollout(model, answerer)
+        else:
+            assert isinstance(model, OffPolicyAlgorithm)
+            replay = Replay(model, answerer, executed=self.store == "executed")
+            self._recorder, joint.store = replay, replay.store
+
+    @property
+    def _buffer(self) -> BaseBuffer:
+        on_policy = isinstance(self.model, OnPolicyAlgorithm)
+        buffer: BaseBuffer = getattr(self.model, "rollout_buffer" if on_policy else "replay_buffer")
+        return buffer
 
     def _on_rollout_start(self) -> None:
-        assert self._rollout is not None
-        self._rollout.start()
+        if isinstance(self._recorder, Rollout):
+            self._recorder.start()
 
     def _on_step(self) -> bool:
-        assert self._rollout is not None
-        self._rollout.record(self.locals)
+        assert self._recorder is not None
+        self._recorder.record(self.locals)
         return True
 
     def _on_rollout_end(self) -> None:
-        assert self._rollout is not None and isinstance(self.model, OnPolicyAlgorithm)
+        assert self._recorder is not None
         joint = self._policy.qa_joint
-        joint.store = self._rollout.labels()
         catalogue = self._policy.qa_head.catalogue
-        self._rollout.log(self.logger)
+        if isinstance(self._recorder, Rollout):
+            joint.store = self._recorder.labels()
+        elif len(joint.losses) < LOSSES:
+            return  # some thousand minibatches are logged together
+        self._recorder.log(self.logger)
         if joint.losses:  # of the update before
             losses = torch.stack(joint.losses).mean(dim=0).tolist()
             joint.losses.clear()
@@ -93,10 +127,9 @@ class QACallback(BaseCallback):
                 self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
 
     def _on_training_end(self) -> None:
-        assert isinstance(self.model, OnPolicyAlgorithm)
-        stop_labelling(self.model.rollout_buffer)
+        stop_labelling(self._buffer)
         self._policy.qa_joint.store = None
-        self._rollout = None
+        self._recorder = None
 
 
 def bind_wrappers(env: VecEnv | None, answerer: QuestionAnswerer, gamma: float | None = None) -> None:

@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_qa import scores
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
-from sb3_qa.buffers import flatten_rows
 from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
 from sb3_qa.questions import Instance
 
-__all__ = ["EpisodeLog", "score_questions", "truths"]
+__all__ = ["EpisodeLog", "pick", "room_until", "score_questions", "truths"]
 
 MOST_SCORED = 2048  # transitions of a rollout that answers are scored on
 
@@ -61,20 +59,26 @@ class EpisodeLog:
 
 
 def score_questions(
-    logger: Any, answerer: QuestionAnswerer, buffer: RolloutBuffer, store: LabelStore, actions: NDArray[Any], cuts: Cuts
+    logger: Any,
+    answerer: QuestionAnswerer,
+    store: LabelStore,
+    rows: NDArray[np.intp],
+    obs: Any,
+    actions: NDArray[Any],
+    room: NDArray[np.int64],
 ) -> None:
-    """Score answers about the transitions of a rollout before the agent is trained on them.
+    """Score answers about transitions that the agent has not been trained on yet.
 
     A question's figures are the means over its instances.
 
-    :param actions: (n_rows, *action_shape), as executed
+    :param rows: (n,) of the store
+    :param obs: (n, ...) as the policy sees them
+    :param actions: (n, *action_shape), as executed
+    :param room: (n,) number of steps from each row to the cut its future runs into
     """
-    n_rows = len(store)
-    rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
-    reading = answerer.read(_observations(buffer, rows), keep=False)
-    room = _room(cuts, n_rows)[rows]
+    reading = answerer.read(obs, keep=False)
     catalogue = answerer.catalogue
-    about_action = reading.action_logits(actions[rows]) if store.features is not None else None
+    about_action = reading.action_logits(actions) if store.features is not None else None
     for question in catalogue.questions:
         figures: dict[str, list[float]] = {}
         for instance in question.instances:
@@ -145,18 +149,18 @@ def _figures(answer: Answer, truth: NDArray[np.float32]) -> dict[str, float]:
     return {"error": scores.absolute_error(answer.value, truth)}
 
 
-def _room(cuts: Cuts, n_rows: int) -> NDArray[np.int64]:
-    """Steps from each row to where its future is cut, or to the end of the rollout if its episode terminates before."""
+def room_until(cuts: Cuts) -> NDArray[np.int64]:
+    """Steps (n_steps, n_envs) from each row to where its future is cut, or to the end of the recording if its episode
+    terminates before.
+    """
     n_steps, n_envs = cuts.row.shape
     end = np.full((n_steps, n_envs), n_steps - 1)
     cut = cuts.row >= 0
     end[cut] = cuts.step[cuts.row[cut]]
-    return flatten_rows(end - np.arange(n_steps)[:, None] + 1).reshape(n_rows)
+    room: NDArray[np.int64] = end - np.arange(n_steps)[:, None] + 1
+    return room
 
 
-def _observations(buffer: RolloutBuffer, rows: NDArray[np.intp]) -> Any:
-    """Observations of some rows of a full buffer, in the order that ``get`` hands rows out in."""
-    n_steps = buffer.buffer_size
-    env, step = np.divmod(rows, n_steps)
-    obs = buffer.observations
-    return {key: value[step, env] for key, value in obs.items()} if isinstance(obs, dict) else obs[step, env]
+def pick(obs: Any, place: Any) -> Any:
+    """Observations at an index, of an array or of a dictionary of arrays."""
+    return {key: value[place] for key, value in obs.items()} if isinstance(obs, dict) else obs[place]

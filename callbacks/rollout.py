@@ -1,4 +1,4 @@
-"""Facts and actions of a rollout as it is collected, and the labels made of them when it ends."""
+"""Facts and actions as they are collected, and the labels made of a rollout when it ends."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
 from sb3_qa.buffers import flatten_rows
-from sb3_qa.callbacks.log import EpisodeLog, score_questions
+from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, pick, room_until, score_questions
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
@@ -22,16 +23,16 @@ from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
-__all__ = ["Rollout"]
+__all__ = ["Recorder", "Rollout"]
 
 Floats = NDArray[np.float32]
 POLICY_SAMPLES = 8  # actions that stand for the policy at a cut, where they cannot be listed
 
 
-class Rollout:
-    """Facts and actions of one rollout, and the labels made of them."""
+class Recorder:
+    """Facts and actions as they are collected, step by step."""
 
-    def __init__(self, model: OnPolicyAlgorithm, answerer: QuestionAnswerer) -> None:
+    def __init__(self, model: BaseAlgorithm, answerer: QuestionAnswerer) -> None:
         self.model = model
         self.answerer = answerer
         self.catalogue = answerer.catalogue
@@ -43,12 +44,15 @@ class Rollout:
         assert env is not None
         self._normalize_inside = _normalize_inside(env)
         self._state = self._facts_at_reset(self._reset_infos(), model._last_obs, range(env.num_envs))
-        if model._last_episode_starts is not None:  # learn() called again, in the middle of episodes
-            self._state[~np.asarray(model._last_episode_starts, bool)] = np.nan
+        self._state[~self._begins()] = np.nan  # learn() called again, in the middle of episodes
         self.start()
 
+    def _begins(self) -> NDArray[np.bool_]:
+        """Whether each environment is at the beginning of an episode."""
+        raise NotImplementedError
+
     def start(self) -> None:
-        """Begin a rollout; what is known of the current states stays."""
+        """Begin a recording; what is known of the current states stays."""
         self._state_facts: list[Floats] = []
         self._next_facts: list[Floats] = []
         self._terminated: list[NDArray[np.bool_]] = []
@@ -109,56 +113,24 @@ class Rollout:
         infos: Sequence[Mapping[str, Any]] = env.unwrapped.reset_infos  # SB3's own wrappers do not pass them on
         return infos
 
-    def labels(self) -> LabelStore:
-        """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
-        if not self._checked:
-            self.reader.check_seen({})
-            self._checked = True
-        facts = np.stack(self._next_facts)
-        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
-        cuts = find_cuts(terminated, truncated)
-        state_facts = np.stack(self._state_facts)
+    def log(self, logger: Any) -> None:
+        """Log what the wrappers told."""
+        self.episodes.log(logger)
+
+    def _truths(
+        self, facts: Floats, state_facts: Floats, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
+    ) -> tuple[list[EventTimes], list[Floats]]:
+        """What became known of each target: of events and yes/no questions, and of choices and numbers; all (n_steps, n_envs)."""
         times: list[EventTimes] = []
         values: list[Floats] = []
         for target, column in zip(self.catalogue.targets, self.reader.column, strict=True):
             fact = facts[..., column]
             if target.kind == "event":
-                event = (fact == 1.0) == target.question.truth.event_when
-                each = event_times(event, terminated, truncated)
-                times.append(EventTimes(*(flatten_rows(x) for x in each)))
+                times.append(event_times((fact == 1.0) == target.question.truth.event_when, terminated, truncated))
             else:
-                value = flatten_rows(window_value(target, fact, state_facts[..., column], terminated, truncated))
+                value = window_value(target, fact, state_facts[..., column], terminated, truncated)
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
-        features = self._head.action_features
-        self._flat_actions = flatten_rows(np.stack(self._actions))
-        self.store = LabelStore(
-            self.catalogue.targets,
-            times,
-            values,
-            flatten_rows(cuts.row),
-            self._continuations(cuts),
-            None if features is None else features(self._flat_actions),
-        )
-        self._cuts = cuts
-        return self.store
-
-    def log(self, logger: Any) -> None:
-        """Log scores of answers about this rollout, given before they are trained on, and what the wrappers told."""
-        self.episodes.log(logger)
-        score_questions(logger, self.answerer, self.model.rollout_buffer, self.store, self._flat_actions, self._cuts)
-
-    def _continuations(self, cuts: Cuts) -> list[Floats]:
-        """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
-        targets = [target for target in self.catalogue.targets if target.kind == "event"]
-        if not targets or not len(cuts.step):
-            return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
-        newest: Any = self.model._last_obs
-        rows: list[Any] = []
-        for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
-            rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
-        obs = stack(rows)
-        reading = self.answerer.read(obs, keep=False)
-        return self._curves(reading, targets)
+        return times, values
 
     def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
         head = self._head
@@ -201,6 +173,57 @@ class Rollout:
         if self._normalize_inside is not None:
             return self._normalize_inside.get_original_reward()
         return [info.get("qa/raw_reward", reward) for info, reward in zip(infos, rewards, strict=True)]
+
+
+class Rollout(Recorder):
+    """One rollout of an on-policy algorithm, and the labels made of it."""
+
+    model: OnPolicyAlgorithm
+
+    def _begins(self) -> NDArray[np.bool_]:
+        return np.asarray(self.model._last_episode_starts, np.bool_)
+
+    def labels(self) -> LabelStore:
+        """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
+        if not self._checked:
+            self.reader.check_seen({})
+            self._checked = True
+        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
+        cuts = find_cuts(terminated, truncated)
+        times, values = self._truths(np.stack(self._next_facts), np.stack(self._state_facts), terminated, truncated)
+        features = self._head.action_features
+        self._flat_actions = flatten_rows(np.stack(self._actions))
+        self.store = LabelStore(
+            self.catalogue.targets,
+            [EventTimes(*(flatten_rows(x) for x in each)) for each in times],
+            [flatten_rows(value) for value in values],
+            flatten_rows(cuts.row),
+            self._continuations(cuts),
+            None if features is None else features(self._flat_actions),
+        )
+        self._cuts = cuts
+        return self.store
+
+    def log(self, logger: Any) -> None:
+        """Log scores of answers about this rollout, given before they are trained on, and what the wrappers told."""
+        super().log(logger)
+        n_rows = len(self.store)
+        rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
+        env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
+        obs = pick(self.model.rollout_buffer.observations, (step, env))
+        room = flatten_rows(room_until(self._cuts))[rows]
+        score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room)
+
+    def _continuations(self, cuts: Cuts) -> list[Floats]:
+        """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
+        targets = [target for target in self.catalogue.targets if target.kind == "event"]
+        if not targets or not len(cuts.step):
+            return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
+        newest: Any = self.model._last_obs
+        rows: list[Any] = []
+        for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
+            rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
+        return self._curves(self.answerer.read(stack(rows), keep=False), targets)
 
 
 def _normalize_inside(env: Any) -> VecNormalize | None:

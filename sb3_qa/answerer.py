@@ -94,7 +94,7 @@ class Reading:
 
     def shares(self) -> Floats:
         """How often the policy takes each action of a discrete space here, (n, n_actions)."""
-        return self._policy.qa_taps.shares(self._policy, self._obs, self._latents)  # type: ignore[no-any-return]
+        return self._policy.qa_taps.shares(self._policy, self._obs, self._latents)
 
     def preferred(self) -> NDArray[Any]:
         """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""

@@ -1,4 +1,4 @@
-"""Labels beside transitions: a rollout buffer that tells which rows it has just handed out."""
+"""Labels beside transitions: buffers that tell which rows they have just handed out."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 
+from sb3_qa.errors import QAError
 from sb3_qa.joint import JointTraining
 
 __all__ = ["flatten_rows", "label_rows", "stop_labelling"]
 
 
-def label_rows(buffer: RolloutBuffer, joint: JointTraining) -> None:
+def label_rows(buffer: BaseBuffer, joint: JointTraining) -> None:
     """From now on, tell ``joint`` the rows of each minibatch. The buffer stays the object it is."""
     stop_labelling(buffer)
-    buffer.__class__ = _labelled(type(buffer), joint)
+    if isinstance(buffer, RolloutBuffer):
+        buffer.__class__ = _labelled_rollouts(type(buffer), joint)
+    else:
+        buffer.__class__ = _labelled_replays(type(buffer), joint)
+        buffer.actions = buffer.actions.view(_Watched)  # type: ignore[attr-defined]
 
 
-def stop_labelling(buffer: RolloutBuffer) -> None:
+def stop_labelling(buffer: BaseBuffer) -> None:
     """Give the buffer its own class back."""
     buffer.__class__ = getattr(type(buffer), "labelled_base", type(buffer))
+    actions = getattr(buffer, "actions", None)
+    if isinstance(actions, _Watched):
+        buffer.actions = actions.view(np.ndarray)  # type: ignore[attr-defined]
 
 
-def _labelled(base: type[RolloutBuffer], joint: JointTraining) -> type[RolloutBuffer]:
+def _labelled_rollouts(base: type[RolloutBuffer], joint: JointTraining) -> type[RolloutBuffer]:
     class Labelled(base):  # type: ignore[misc, valid-type]
         labelled_base = base
 
@@ -34,10 +42,59 @@ def _labelled(base: type[RolloutBuffer], joint: JointTraining) -> type[RolloutBu
 
         def _get_samples(self, batch_inds: NDArray[np.intp], *args: Any, **kwargs: Any) -> Any:
             samples = super()._get_samples(batch_inds, *args, **kwargs)
-            joint.hand_out(batch_inds)
+            joint.hand_out(batch_inds, samples.observations)
             return samples
 
     return Labelled
+
+
+class _Watched(np.ndarray[Any, Any]):
+    """The actions of a replay buffer, which remember the places that they were taken from.
+
+    A buffer draws some of them inside of its sampling; what it takes the actions by is what it has drawn.
+    """
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) and len(index) > 1 and isinstance(index[0], np.ndarray):
+            self.taken.append(index[:2])
+        return self.view(np.ndarray)[index]
+
+
+def _labelled_replays(base: type[BaseBuffer], joint: JointTraining) -> type[BaseBuffer]:
+    class Labelled(base):  # type: ignore[misc, valid-type]
+        labelled_base = base
+
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            self.actions.taken.clear()
+            self._n_virtual = 0
+            samples = super().sample(*args, **kwargs)
+            rows = _rows_of(self.actions.taken, self.n_envs)
+            if len(rows) != len(samples.actions):
+                raise QAError(
+                    f"{base.__name__} handed out {len(samples.actions)} transitions but took actions from {len(rows)} places; expected "
+                    "the same, as labels belong to transitions; let it index self.actions by (position, environment)"
+                )
+            joint.hand_out(np.where(np.arange(len(rows)) < len(rows) - self._n_virtual, rows, -1), samples.observations)
+            return samples
+
+        def _get_virtual_samples(self, batch_indices: NDArray[np.intp], *args: Any, **kwargs: Any) -> Any:
+            self._n_virtual += len(batch_indices)  # of other goals, and so of other truths
+            return super()._get_virtual_samples(batch_indices, *args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            plain = object.__new__(base)
+            plain.__dict__.update(self.__dict__, actions=self.actions.view(np.ndarray))
+            return plain.__reduce_ex__(protocol)  # as what it was
+
+    return Labelled
+
+
+def _rows_of(taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]], n_envs: int) -> NDArray[np.intp]:
+    rows = [np.ravel(position * n_envs + env) for position, env in taken]
+    return np.concatenate(rows) if rows else np.zeros(0, np.intp)
 
 
 def flatten_rows(array: NDArray[Any]) -> NDArray[Any]:

@@ -94,8 +94,8 @@ class JointTraining:
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
         self.max_grad_norm: float | None = None
-        self.critic_only = False
-        """Whether questions join the passes of the critic alone, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
+        self.critic_only: str | None = None
+        """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
         self.observations: Any = None
         """What the algorithm was handed with the pending rows, where only the critic is passed."""
         self.n_passes = 0

@@ -263,10 +263,14 @@ class LabelStore:
         beyond = self._step - self._known[rows].take(self._owner, axis=1)
         row, column = np.nonzero((beyond > 0) & self._open[rows].take(self._owner, axis=1))
         place = self._offset[self._owner[column]] + beyond[row, column]
-        cut = self.cut_row[rows[row]]
-        at_risk, survive = self._table[cut, place - 1], self._table[cut, place]
+        table, cut = self._continuations(rows)
+        at_risk, survive = table[cut[row], place - 1], table[cut[row], place]
         weight[at[row], column] = at_risk
         y[at[row], column] = 1.0 - survive / np.maximum(at_risk, 1e-12)
+
+    def _continuations(self, rows: NDArray[np.intp]) -> tuple[Floats, Ints]:
+        """Curves of all events side by side (n_cuts, ...), and which of them goes on each row's future."""
+        return self._table, self.cut_row[rows]
 
 
 def _fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:

@@ -84,8 +84,9 @@ class QAPolicyMixin:
         a few small tensors, and with an epsilon small enough for a mean over many questions.
         """
         # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
-        owner = self if isinstance(getattr(self, "optimizer", None), torch.optim.Optimizer) else self.actor  # type: ignore[attr-defined]
-        optimizer: torch.optim.Optimizer = owner.optimizer
+        optimizer = getattr(self, "optimizer", None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = self.actor.optimizer  # type: ignore[attr-defined]
         group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
         options = optimizer.defaults
         if (
@@ -139,7 +140,8 @@ def _tapped(
     if not (joint.waiting and torch.is_grad_enabled()):
         return None
     if joint.critic_only:
-        latents = policy.qa_taps.note_alone(index, args[0], policy, joint.observations) if index == 1 else None
+        alone = policy.qa_taps.names[index] == joint.critic_only
+        latents = policy.qa_taps.note_alone(index, args[0], policy, joint.observations) if alone else None
     else:
         latents = policy.qa_taps.note(index, args[0])
     return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)

@@ -1,0 +1,135 @@
+"""Labels of an off-policy algorithm's transitions, made in blocks as their futures arrive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.buffers import flatten_rows
+from sb3_qa.callbacks.log import MOST_SCORED, pick, room_until, score_questions
+from sb3_qa.callbacks.rollout import Recorder
+from sb3_qa.labels import EventTimes, LabelStore, find_cuts
+from sb3_qa.replay import ReplayLabels
+
+__all__ = ["Replay"]
+
+Floats = NDArray[np.float32]
+
+BLOCK = 32  # steps whose labels are made at once
+
+
+class _Block(LabelStore):
+    AHEAD = 0  # they are only passed on
+
+
+class Replay(Recorder):
+    """What an off-policy algorithm collects, and the labels of what its replay buffer holds.
+
+    Steps are recorded until the longest question about them is answered; then they are labelled, a block at a time. The
+    labels are kept with the buffer, and saved and loaded with it.
+
+    :param executed: put the action that a wrapper executed into the buffer, in place of the one the agent proposed
+    """
+
+    model: OffPolicyAlgorithm
+
+    def __init__(self, model: OffPolicyAlgorithm, answerer: QuestionAnswerer, *, executed: bool) -> None:
+        super().__init__(model, answerer)
+        buffer = model.replay_buffer
+        assert isinstance(buffer, (ReplayBuffer, DictReplayBuffer))
+        self.buffer = buffer
+        self.executed = executed
+        self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
+        features = self._head.action_features
+        n_rows = buffer.buffer_size * buffer.n_envs
+        store = ReplayLabels(self.catalogue.targets, n_rows, None if features is None else features.n_features)
+        kept = getattr(buffer, "qa_labels", None)
+        self.store: ReplayLabels = (
+            kept if isinstance(kept, ReplayLabels) and kept.signature == store.signature else store
+        )
+        self.store.curves = self._curves_after
+        buffer.qa_labels = self.store  # type: ignore[attr-defined]
+        self._scored = model.num_timesteps
+        self._events = [target for target in self.store.targets if target.kind == "event"]
+
+    def _begins(self) -> NDArray[np.bool_]:
+        return np.full(self.model.n_envs, self.model.num_timesteps == 0)
+
+    def start(self) -> None:
+        super().start()
+        self._positions: list[int] = []
+
+    def record(self, local: dict[str, Any]) -> None:
+        """Take in one step, which the algorithm is about to put into its buffer."""
+        position = self.buffer.pos
+        n_envs = self.buffer.n_envs
+        self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
+        super().record(local)
+        self._positions.append(position)
+        if self.executed and "qa/executed_action" in local["infos"][0]:
+            local["buffer_actions"][:] = self._as_stored(self._actions[-1])
+        if len(self._positions) >= self._horizon - 1 + BLOCK:
+            self._label(len(self._positions) - self._horizon + 1)
+
+    def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
+        policy = self.answerer.policy
+        if policy.squash_output:
+            return policy.scale_action(actions)
+        return actions
+
+    def _label(self, n: int) -> None:
+        """Label the first ``n`` steps of the recording, whose futures are known, and drop them from it."""
+        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
+        cuts = find_cuts(terminated, truncated)
+        times, values = self._truths(np.stack(self._next_facts), np.stack(self._state_facts), terminated, truncated)
+        actions = flatten_rows(np.stack(self._actions[:n]))
+        positions = np.array(self._positions)
+        end_rows = np.append(positions[cuts.step] * self.buffer.n_envs + cuts.env, -1).astype(np.int32)
+        features = self._head.action_features
+        labels = _Block(
+            self.store.targets,
+            [EventTimes(flatten_rows(each.known[:n]), flatten_rows(each.event[:n])) for each in times],
+            [flatten_rows(value[:n]) for value in values],
+            flatten_rows(end_rows[cuts.row[:n]]),
+            [np.zeros((0, 0), np.float32)] * len(self._events),
+            None if features is None else features(actions),
+        )
+        if self.buffer.optimize_memory_usage:
+            labels.cut_row[:] = -1  # the last state before a time limit was not kept: what lies beyond is left out
+            labels._open[:] = labels._any_open[:] = False
+        rows = flatten_rows(positions[:n, None] * self.buffer.n_envs + np.arange(self.buffer.n_envs))
+        if len(positions) <= self.buffer.buffer_size:  # else the first of them have been overwritten
+            self.store.put(rows, labels)
+            if self.model.num_timesteps - self._scored >= MOST_SCORED:
+                self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
+        self._last_obs.clear()
+        for recorded in (
+            self._state_facts,
+            self._next_facts,
+            self._terminated,
+            self._truncated,
+            self._actions,
+            self._positions,
+        ):
+            del recorded[:n]
+
+    def _score(
+        self, labels: LabelStore, rows: NDArray[np.intp], actions: NDArray[Any], room: NDArray[np.int64]
+    ) -> None:
+        self._scored = self.model.num_timesteps
+        obs = self._observations(self.buffer.observations, rows)
+        score_questions(self.model.logger, self.answerer, labels, np.arange(len(rows)), obs, actions, room)
+
+    def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
+        """Observations that the buffer keeps, as the policy sees them."""
+        obs = pick(kept, np.divmod(rows, self.buffer.n_envs))
+        return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
+
+    def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
+        obs = self._observations(self.buffer.next_observations, rows)
+        return self._curves(self.answerer.read(obs, keep=False), self._events)
