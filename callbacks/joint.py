@@ -84,7 +84,10 @@ class QACallback(BaseCallback):
         joint = self._policy.qa_joint
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
-        joint.critic_only = next((CRITIC_ONLY[c.__name__] for c in type(model).__mro__ if c.__name__ in CRITIC_ONLY), None)
+        joint.critic_only = next(
+            (CRITIC_ONLY[c.__name__] for c in type(model).__mro__ if c.__name__ in CRITIC_ONLY), None
+        )
+        joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
             self._recorder = Rollout(model, answerer)

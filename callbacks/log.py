@@ -112,8 +112,8 @@ def truths(
     """
     target = answerer.catalogue.target_of[instance.key]
     if target.kind in ("choice", "number"):
-        return store.values[id(target)][rows]
-    known, event = (each[rows] for each in store.times[id(target)])
+        return store.values[target.start][rows]
+    known, event = (each[rows] for each in store.times[target.start])
     if target.kind == "yesno":
         return np.where(known > 0, event, np.nan).astype(np.float32)
     assert instance.horizon is not None

@@ -204,8 +204,8 @@ class LabelStore:
         self.cut_row = cut_row
         self._timed = [target for target in targets if target.kind in ("event", "yesno")]
         self._valued = [target for target in targets if target.kind in ("choice", "number")]
-        self.times = {id(target): each for target, each in zip(self._timed, times, strict=True)}
-        self.values = {id(target): each for target, each in zip(self._valued, values, strict=True)}
+        self.times = {target.start: each for target, each in zip(self._timed, times, strict=True)}
+        self.values = {target.start: each for target, each in zip(self._valued, values, strict=True)}
         self._known = (
             np.stack([each.known for each in times], 1) if len(times) else np.zeros((len(cut_row), 0), np.int32)
         )
@@ -255,7 +255,7 @@ class LabelStore:
         all_y, all_weight = np.zeros((2, len(rows), self.n_columns), np.float32)
         all_y[:, self._columns], all_weight[:, self._columns] = y, weight
         for target in self._valued:
-            _fill_value(target, self.values[id(target)][rows], all_y, all_weight)
+            _fill_value(target, self.values[target.start][rows], all_y, all_weight)
         return all_y, all_weight
 
     def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:

@@ -20,10 +20,11 @@ import torch
 from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from stable_baselines3.common import policies, torch_layers
+from stable_baselines3.common import torch_layers
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_qa.errors import QAError
-from sb3_qa.policies import QAPolicyMixin, qa_policy
+from sb3_qa.policies import QAPolicyMixin, algorithms, qa_policy, stock_policies
 from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
 from sb3_qa.truth import Truth
 
@@ -37,9 +38,7 @@ VERSION = 1
 KEY = "sb3_qa"
 
 _KNOWN: tuple[type, ...] = (
-    policies.ActorCriticPolicy,
-    policies.ActorCriticCnnPolicy,
-    policies.MultiInputActorCriticPolicy,
+    *(policy for algorithm in algorithms() for policy in stock_policies(algorithm).values()),
     torch_layers.FlattenExtractor,
     torch_layers.NatureCNN,
     torch_layers.CombinedExtractor,
@@ -91,7 +90,7 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
         known = {_name_of(cls): cls for cls in (*_KNOWN, *classes)}
         arguments = {key: _value_from_json(value, known, path) for key, value in description["arguments"].items()}
         base = _lookup(description["policy"], known, path)
-        if not issubclass(base, policies.ActorCriticPolicy):
+        if not issubclass(base, BasePolicy):
             raise QAError(
                 f"{os.fspath(path)} names the policy {description['policy']}, which is none; expected one; save it again"
             )
@@ -165,8 +164,9 @@ def _base_of(policy_class: type) -> type:
 
 
 def _arguments(policy: Any) -> dict[str, Any]:
-    # ActorCriticPolicy leaves share_features_extractor out of what it says it was constructed with.
-    given = {**policy._get_constructor_parameters(), "share_features_extractor": policy.share_features_extractor}
+    given = dict(policy._get_constructor_parameters())
+    if hasattr(policy, "share_features_extractor"):  # some leave it out of what they say they were constructed with
+        given["share_features_extractor"] = policy.share_features_extractor
     dropped = {
         "observation_space",
         "action_space",
@@ -176,7 +176,7 @@ def _arguments(policy: Any) -> dict[str, Any]:
         *policy.qa_kwargs,
     }
     kept = {key: value for key, value in given.items() if key not in dropped and value is not None}
-    if not policy.use_sde:
+    if isinstance(policy, ActorCriticPolicy) and not policy.use_sde:
         kept = {key: value for key, value in kept.items() if key not in ("squash_output", "full_std", "use_expln")}
     return {key: _value_to_json(value) for key, value in kept.items()}
 
@@ -279,7 +279,8 @@ def _space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
     if "multi_binary" in data:
         shape = data["multi_binary"]
         return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
-    return spaces.Dict({key: _space_from_json(value) for key, value in data["dict"]})
+    # In the order that it was made in, which is the order that features are in; a plain dictionary would be sorted.
+    return spaces.Dict([(key, _space_from_json(value)) for key, value in data["dict"]])
 
 
 def _bound(bound: np.ndarray[Any, Any]) -> Any:

@@ -385,9 +385,9 @@ class TestRecording:
         envs, store, catalogue = recorded
         target = catalogue.target_of[key]
         if target.kind in ("choice", "number"):
-            rows = store.values[id(target)]
+            rows = store.values[target.start]
         else:
-            rows = list(zip(*store.times[id(target)], strict=True))
+            rows = list(zip(*store.times[target.start], strict=True))
         return {(t, env): rows[env * STEPS + t] for t in range(STEPS) for env in range(ENVS)}
 
     def test_enough_happened(self, recorded):

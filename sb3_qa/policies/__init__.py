@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -19,7 +20,15 @@ from sb3_qa.errors import QAError
 from sb3_qa.policies.mixin import QAPolicyMixin
 from sb3_qa.taps import REFUSED
 
-__all__ = ["QACnnPolicy", "QAMlpPolicy", "QAMultiInputPolicy", "QAPolicyMixin", "qa_policy"]
+__all__ = [
+    "QACnnPolicy",
+    "QAMlpPolicy",
+    "QAMultiInputPolicy",
+    "QAPolicyMixin",
+    "algorithms",
+    "qa_policy",
+    "stock_policies",
+]
 
 _MADE: dict[type[BasePolicy], type[BasePolicy]] = {}
 
@@ -38,6 +47,8 @@ def qa_policy(
     """
     given = algorithm_or_policy_class
     if isinstance(given, type) and issubclass(given, BaseAlgorithm):
+        for policy_class in given.policy_aliases.values():
+            _refuse(policy_class)
         if base not in given.policy_aliases:
             raise QAError(
                 f"qa_policy got base={base!r} for {given.__name__}; expected one of {sorted(given.policy_aliases)}; give base=..."
@@ -49,12 +60,16 @@ def qa_policy(
         raise QAError(f"qa_policy got {given!r}; expected an SB3 algorithm or policy class; write e.g. qa_policy(PPO)")
     if issubclass(policy_class, QAPolicyMixin):
         return policy_class
-    for kind in policy_class.__mro__:
-        if kind.__name__ in REFUSED:
-            raise QAError(f"qa_policy got {policy_class.__name__}; expected another, as {REFUSED[kind.__name__]}")
+    _refuse(policy_class)
     if policy_class not in _MADE:
         _MADE[policy_class] = _make(policy_class)
     return _MADE[policy_class]
+
+
+def _refuse(policy_class: type[BasePolicy]) -> None:
+    for kind in policy_class.__mro__:
+        if kind.__name__ in REFUSED:
+            raise QAError(f"qa_policy got {policy_class.__name__}; expected another, as {REFUSED[kind.__name__]}")
 
 
 def _make(policy_class: type[BasePolicy]) -> type[BasePolicy]:
@@ -92,6 +107,29 @@ def _free_name(name: str) -> str:
     return next(n for n in names if not hasattr(module, n))
 
 
+def algorithms() -> list[type[BaseAlgorithm]]:
+    """The algorithms that can be taught: those of SB3, and of sb3-contrib where it is installed."""
+    found: list[type[BaseAlgorithm]] = [A2C, DDPG, DQN, PPO, SAC, TD3]
+    try:
+        from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
+    except ImportError:
+        return found
+    return [*found, CrossQ, MaskablePPO, QRDQN, TQC, TRPO]
+
+
+def stock_policies(algorithm: type[BaseAlgorithm]) -> dict[str, type[BasePolicy]]:
+    """The policies that come with an algorithm, by the names it has for them."""
+    return {name: policy for name, policy in algorithm.policy_aliases.items() if not issubclass(policy, QAPolicyMixin)}
+
+
+def _add_aliases() -> None:
+    """Let algorithms take "QAMlpPolicy", "QACnnPolicy" and "QAMultiInputPolicy" by name."""
+    for algorithm in algorithms():
+        mine = {f"QA{name}": qa_policy(policy) for name, policy in stock_policies(algorithm).items()}
+        algorithm.policy_aliases = {**algorithm.policy_aliases, **mine}
+
+
 QAMlpPolicy = qa_policy(ActorCriticPolicy)
 QACnnPolicy = qa_policy(ActorCriticCnnPolicy)
 QAMultiInputPolicy = qa_policy(MultiInputActorCriticPolicy)
+_add_aliases()

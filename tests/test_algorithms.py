@@ -1,0 +1,272 @@
+"""Every algorithm of SB3 and sb3-contrib that has a gradient: it learns, answers, is left alone, saved, and goes on."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_qa import Number, QAError, Question, QuestionAnswerer
+from sb3_qa.callbacks import QACallback
+from sb3_qa.policies import qa_policy
+from sb3_qa.truth import after, eventually, now, total
+from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
+
+ON_POLICY = [PPO, A2C, TRPO, MaskablePPO]
+# The batches of 12 that 32 transitions are split into leave a smaller one, which SB3 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
+
+VALUE_BASED = [DQN, QRDQN]
+CONTINUOUS = [SAC, TD3, DDPG, TQC, CrossQ]
+ALL = [*ON_POLICY, *VALUE_BASED, *CONTINUOUS]
+QUESTIONS = [
+    Question(
+        "Will it be low within {k} steps if I choose {action}?", eventually("low", within="k"), k=[1, 4], name="low"
+    ),
+    Question("Will it be low within 9 steps?", eventually("low", within=9), name="low_later"),
+    Question("Is it low?", now("low"), name="is_low"),
+    Question("Where will it be in 2 steps?", after("x", steps=2), Number(-2, 2), name="where"),
+    Question("How far will it go in 3 steps?", total("x", over=3), Number(-6, 6), name="far"),
+]
+
+
+class Drift(gym.Env[Any, Any]):
+    """A point that drifts, pushed by the action; seen as numbers, as an image, or as both."""
+
+    def __init__(self, seen: str = "vector", continuous: bool = False, time_limit: int = 12) -> None:
+        self.seen = seen
+        self.time_limit = time_limit
+        self.action_space = spaces.Box(-2.0, 2.0, (1,)) if continuous else spaces.Discrete(2)
+        vector, image = spaces.Box(-9.0, 9.0, (3,)), spaces.Box(0, 255, (1, 36, 36), np.uint8)
+        self.observation_space = {"vector": vector, "image": image, "dict": spaces.Dict(vector=vector, image=image)}[
+            seen
+        ]
+
+    def _told(self) -> tuple[Any, dict[str, Any]]:
+        vector = np.array([self.x, self.v, self.t / 10], np.float32)
+        image = np.full((1, 36, 36), np.clip(128 + 40 * self.x, 0, 255), np.uint8)
+        obs: Any = {"vector": vector, "image": image, "dict": {"vector": vector, "image": image}}[self.seen]
+        return obs, {"low": bool(self.x < -0.5), "x": self.x, "t": self.t}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.x, self.v, self.t = float(self.np_random.normal(0, 0.3)), 0.0, 0
+        return self._told()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        push = float(action[0]) / 2 if isinstance(self.action_space, spaces.Box) else 2.0 * int(action) - 1.0
+        self.v = 0.8 * self.v + 0.1 * push + float(self.np_random.normal(0, 0.1))
+        self.x, self.t = self.x + self.v, self.t + 1
+        obs, info = self._told()
+        return obs, -abs(self.x), abs(self.x) > 1.5, self.t >= self.time_limit, info
+
+    def action_masks(self) -> np.ndarray[Any, Any]:
+        return np.ones(2, np.bool_)
+
+
+def environment(algorithm: type, seen: str = "vector", **kwargs: Any) -> DummyVecEnv:
+    env = DummyVecEnv([lambda: Drift(seen, algorithm in CONTINUOUS, **kwargs) for _ in range(2)])
+    env.seed(3)
+    return env
+
+
+def make(algorithm: type, policy: Any, env: Any, net: dict[str, Any], **kwargs: Any) -> Any:
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        given: dict[str, Any] = dict(
+            learning_starts=20, batch_size=16, buffer_size=1000, train_freq=4, gradient_steps=1
+        )
+    else:
+        given = dict(n_steps=16) if algorithm is A2C else dict(n_steps=16, batch_size=12)
+    if algorithm is TD3:
+        given["policy_delay"] = 1
+    return algorithm(policy, env, seed=0, policy_kwargs=dict(net), **{**given, **kwargs})
+
+
+def alias(seen: str) -> str:
+    return {"vector": "MlpPolicy", "image": "CnnPolicy", "dict": "MultiInputPolicy"}[seen]
+
+
+def network(algorithm: type, seen: str, shared: bool) -> dict[str, Any]:
+    net: dict[str, Any] = dict(net_arch=[16])
+    if seen == "image":
+        net["features_extractor_kwargs"] = dict(features_dim=16)
+    if seen == "dict":
+        net["features_extractor_kwargs"] = dict(cnn_output_dim=16)
+    if algorithm not in VALUE_BASED:
+        net["share_features_extractor"] = shared
+    return net
+
+
+def taught(
+    algorithm: type, seen: str = "vector", net: dict[str, Any] | None = None, coef: float = 0.5, **kwargs: Any
+) -> Any:
+    net = network(algorithm, seen, True) if net is None else net
+    return make(
+        algorithm,
+        f"QA{alias(seen)}",
+        environment(algorithm, seen),
+        {**net, "questions": QUESTIONS, "qa_coef": coef},
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("seen", ["vector", "image", "dict"])
+@pytest.mark.parametrize("algorithm", ALL)
+def test_learns_and_answers_and_leaves_the_agent_alone_when_off(
+    algorithm: type, seen: str, shared: bool, tmp_path: Path
+) -> None:
+    if algorithm in VALUE_BASED and not shared:
+        pytest.skip("has one extractor")
+    if alias(seen) not in algorithm.policy_aliases:  # type: ignore[attr-defined]
+        pytest.skip("has no such policy")
+    torch.set_num_threads(1)
+    net = network(algorithm, seen, shared)
+    plain = make(algorithm, alias(seen), environment(algorithm, seen), net).learn(160)
+    off = taught(algorithm, seen, net, coef=0.0)
+    head = off.policy.qa_head.flat.detach().clone()
+    off.learn(160, callback=QACallback())
+    weights = off.policy.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.policy.state_dict().items())
+    assert torch.equal(off.policy.qa_head.flat, head)
+
+    on = taught(algorithm, seen, net)
+    on.learn(160, callback=QACallback())
+    assert not torch.equal(on.policy.qa_head.flat, head)
+    shaped = on.policy.state_dict()
+    assert any(not torch.equal(weight, shaped[name]) for name, weight in plain.policy.state_dict().items())
+    qa = QuestionAnswerer.from_model(on)
+    obs = on.get_env().reset()
+    action = np.zeros((2, 1), np.float32) if algorithm in CONTINUOUS else None
+    asked = [qa.ask("low[k=4]", obs, action).probability, qa.ask("is_low", obs).probability, qa.ask("far", obs).mean]
+    assert all(np.isfinite(answer).all() for answer in asked)
+    qa.save(tmp_path / "a.qa")
+    frozen = QuestionAnswerer.load(tmp_path / "a.qa")
+    np.testing.assert_array_equal(frozen.ask("low[k=4]", obs, action).probability, asked[0])
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_goes_on_after_loading_as_if_it_had_never_stopped(algorithm: type) -> None:
+    first = taught(algorithm)
+    first.learn(160, callback=QACallback())
+    file = io.BytesIO()
+    first.save(file)
+    second = algorithm.load(io.BytesIO(file.getvalue()), env=environment(algorithm))  # type: ignore[attr-defined]
+    if isinstance(first, OffPolicyAlgorithm):
+        buffer = io.BytesIO()
+        first.save_replay_buffer(buffer)
+        second.load_replay_buffer(io.BytesIO(buffer.getvalue()))
+    for model in (first, second):
+        env = environment(algorithm)
+        model.set_env(env)
+        set_random_seed(7)
+        env.action_space.seed(7)
+        model.learn(160, reset_num_timesteps=False, callback=QACallback())
+    weights = second.policy.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in first.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("on_veto", ["safest", "policy"])
+def test_veto(algorithm: type, on_veto: Any) -> None:
+    env = VecVetoAction(VecAnswerQuestions(environment(algorithm)), "low[k=4]", 0.45, on_veto=on_veto)
+    net = {**network(algorithm, "vector", True), "questions": QUESTIONS}
+    model = make(algorithm, qa_policy(algorithm), env, net)
+    model.learn(160, callback=QACallback())
+    obs = env.reset()
+    for _ in range(30):
+        obs, _, _, infos = env.step(model.predict(obs)[0])
+        assert all(0.0 <= info["qa/risk"] <= 1.0 and isinstance(info["qa/vetoed"], bool) for info in infos)
+
+
+@pytest.mark.parametrize("algorithm", [DQN, SAC])
+@pytest.mark.parametrize("store", ["proposed", "executed"])
+def test_which_action_is_stored(algorithm: type, store: Any) -> None:
+    """Every action is judged a catastrophe and replaced by another one."""
+
+    def replace(obs: Any, action: Any) -> Any:
+        return np.array([1.5], np.float32) if algorithm is SAC else 1 - action
+
+    env = VecVetoAction(environment(algorithm), "low[k=4]", 0.0, on_veto=replace)
+    net = {**network(algorithm, "vector", True), "questions": QUESTIONS}
+    model = make(algorithm, qa_policy(algorithm), env, net)
+    told: list[dict[str, Any]] = []
+
+    class Watch(QACallback):
+        def _on_step(self) -> bool:
+            told.extend(dict(info) for info in self.locals["infos"])
+            return super()._on_step()
+
+    model.learn(100, callback=Watch(store=store))
+    buffer = model.replay_buffer
+    kept = buffer.actions[: buffer.pos].reshape(-1)
+    expected = np.array([np.ravel(info[f"qa/{store}_action"])[0] for info in told], np.float32)
+    if algorithm is SAC:
+        expected = expected / 2.0  # the buffer keeps actions in [-1, 1]
+    np.testing.assert_allclose(kept, expected, atol=1e-6)
+
+
+def test_executed_actions_are_stored_off_policy_only() -> None:
+    with pytest.raises(QAError, match="replay buffer"):
+        taught(PPO).learn(16, callback=QACallback(store="executed"))
+    with pytest.raises(QAError, match="proposed"):
+        QACallback(store="all")  # type: ignore[arg-type]
+
+
+def test_observations_that_vecnormalize_changes() -> None:
+    env = VecNormalize(environment(DQN))
+    model = make(DQN, qa_policy(DQN), env, {**network(DQN, "vector", True), "questions": QUESTIONS})
+    model.learn(300, callback=QACallback())
+    assert int(model.policy.qa_head.n_updates) > 0
+
+
+@pytest.mark.parametrize(
+    "net", [dict(net_arch=[]), dict(net_arch=[16], use_sde=True), dict(net_arch=[16], n_critics=3)]
+)
+def test_networks_of_sac(net: dict[str, Any]) -> None:
+    use_sde = net.pop("use_sde", False)
+    model = taught(SAC, net=net, use_sde=use_sde)
+    before = model.policy.qa_head.flat.detach().clone()
+    model.learn(160, callback=QACallback())
+    assert not torch.equal(model.policy.qa_head.flat, before)
+
+
+def test_agents_without_a_gradient_or_with_a_memory_are_refused() -> None:
+    for algorithm, why in ((ARS, "no gradient"), (RecurrentPPO, "LSTM")):
+        with pytest.raises(QAError, match=why):
+            qa_policy(algorithm)
+
+
+def test_an_unknown_family_says_what_it_could_not_find_and_takes_names() -> None:
+    from stable_baselines3.common.policies import BasePolicy
+
+    class Own(BasePolicy):
+        def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, **kwargs: Any) -> None:
+            super().__init__(observation_space, action_space, **kwargs)
+            self.trunk = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU())
+            self.last = torch.nn.Linear(8, 2)
+            self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1.0))
+
+        def _predict(self, observation: Any, deterministic: bool = False) -> torch.Tensor:
+            return self.last(self.trunk(observation)).argmax(dim=1)
+
+    env = Drift()
+    arguments: Any = (env.observation_space, env.action_space, lambda _: 1e-3)
+    with pytest.raises(QAError, match=r"qa_readouts=.*") as error:
+        qa_policy(Own)(*arguments, questions=QUESTIONS)
+    assert "'last'" in str(error.value)
+    with pytest.raises(QAError, match="'trunk.9'"):
+        qa_policy(Own)(*arguments, questions=QUESTIONS, qa_readouts=["trunk.9"])
+    policy: Any = qa_policy(Own)(*arguments, questions=QUESTIONS, qa_readouts=["last"])
+    assert QuestionAnswerer(policy).ask("low[k=4]", np.zeros((5, 3), np.float32)).probability.shape == (5, 2)
