@@ -47,11 +47,10 @@ class Replay(Recorder):
         self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
         features = self._head.action_features
         n_rows = buffer.buffer_size * buffer.n_envs
-        store = ReplayLabels(self.catalogue.targets, n_rows, None if features is None else features.n_features)
+        self.store = ReplayLabels(self.catalogue.targets, n_rows, None if features is None else features.n_features)
         kept = getattr(buffer, "qa_labels", None)
-        self.store: ReplayLabels = (
-            kept if isinstance(kept, ReplayLabels) and kept.signature == store.signature else store
-        )
+        if isinstance(kept, ReplayLabels) and kept.signature == self.store.signature:
+            self.store.put(slice(None), kept)
         self.store.curves = self._curves_after
         buffer.qa_labels = self.store  # type: ignore[attr-defined]
         self._scored = model.num_timesteps

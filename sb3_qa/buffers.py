@@ -85,11 +85,15 @@ def _labelled_replays(base: type[BaseBuffer], joint: JointTraining) -> type[Base
             return super()._get_virtual_samples(batch_indices, *args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            plain = object.__new__(base)
+            plain = _blank(base)  # it is pickled as what it was
             plain.__dict__.update(self.__dict__, actions=self.actions.view(np.ndarray))
-            return plain.__reduce_ex__(protocol)  # as what it was
+            return _blank, (base,), plain.__getstate__()
 
     return Labelled
+
+
+def _blank(base: Any) -> Any:
+    return base.__new__(base)
 
 
 def _rows_of(taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]], n_envs: int) -> NDArray[np.intp]:

@@ -44,18 +44,16 @@ class ReplayLabels(LabelStore):
             None if n_features is None else np.zeros((n_rows, n_features), np.float32),
         )
         self.times.clear()  # they are in one array here
+        asked = tuple((t.question.name, tuple(t.slots.items()), t.kind, t.width, t.start) for t in targets)
+        self.signature = (n_rows, n_features, asked)
+        """What has to be the same for labels to be used again."""
         self.curves: Callable[[NDArray[Any]], list[Floats]] | None = None
         """From rows of transitions to survival curves, of each event target, of the states they led to."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "curves": None}
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What has to be the same for labels to be used again."""
-        n_features = 0 if self.features is None else self.features.shape[1]
-        asked = tuple((t.question.name, tuple(t.slots.items()), t.kind, t.width, t.start) for t in self.targets)
-        return len(self), n_features, asked
+        """What is worth keeping with a buffer: no questions, whose facts need not be of a kind that can be pickled."""
+        names = ("signature", "_known", "_event_at", "_open", "_any_open", "cut_row", "values", "features")
+        return {name: getattr(self, name) for name in names}
 
     def forget(self, rows: NDArray[np.intp]) -> None:
         """These rows are about to hold other transitions."""
@@ -67,7 +65,7 @@ class ReplayLabels(LabelStore):
         for value in self.values.values():
             value[rows] = np.nan
 
-    def put(self, rows: NDArray[np.intp], labels: LabelStore) -> None:
+    def put(self, rows: NDArray[np.intp] | slice, labels: LabelStore) -> None:
         """Take in the labels of these rows; their ``cut_row`` names the row of the transition at the end of which they are cut."""
         self._known[rows] = labels._known
         self._event_at[rows] = labels._event_at
