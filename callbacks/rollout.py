@@ -140,6 +140,8 @@ class Recorder:
         ):  # what comes next is up to the policy: a mixture of its actions
             if isinstance(self.model.action_space, spaces.Discrete):
                 shares = reading.shares()
+                explored = getattr(self.model, "exploration_rate", 0.0)  # of an agent that is greedy otherwise
+                shares = (1.0 - explored) * shares + explored / shares.shape[1]
                 logits = reading.action_logits()
             else:
                 actions = reading.sampled(POLICY_SAMPLES, seed=self.model.num_timesteps)

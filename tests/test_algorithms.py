@@ -190,6 +190,36 @@ def test_veto(algorithm: type, on_veto: Any) -> None:
         assert all(0.0 <= info["qa/risk"] <= 1.0 and isinstance(info["qa/vetoed"], bool) for info in infos)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.45])
+def test_maskable_agents_never_sample_what_would_be_vetoed(threshold: float) -> None:
+    env = VecVetoAction(environment(MaskablePPO), "low[k=4]", threshold)
+    model = make(
+        MaskablePPO, qa_policy(MaskablePPO), env, {**network(MaskablePPO, "vector", True), "questions": QUESTIONS}
+    )
+    told: list[dict[str, Any]] = []
+
+    class Watch(QACallback):
+        def _on_step(self) -> bool:
+            told.extend(dict(info) for info in self.locals["infos"])
+            return super()._on_step()
+
+    model.learn(96, callback=Watch())
+    assert not any(info["qa/vetoed"] for info in told)
+    masks = np.stack(env.env_method("action_masks"))
+    qa, obs = QuestionAnswerer.from_model(model), model._last_obs
+    risk = qa.ask("low[k=4]", obs).probability
+    allowed = risk < threshold
+    lowest = risk == risk.min(axis=1, keepdims=True)
+    np.testing.assert_array_equal(masks, np.where(allowed.any(axis=1, keepdims=True), allowed, lowest))
+    never = np.zeros((2, 2), np.bool_)
+    never[:, 0] = True
+    np.testing.assert_array_equal(env.rule.masks(never), never)  # what the environment forbids stays so
+    assert len(env.env_method("action_masks", indices=[1])) == 1
+    shadow = VecVetoAction(environment(MaskablePPO), "low[k=4]", 0.0, shadow=True, qa=qa)
+    shadow.reset()
+    assert np.stack(shadow.env_method("action_masks")).all()
+
+
 @pytest.mark.parametrize("algorithm", [DQN, SAC])
 @pytest.mark.parametrize("store", ["proposed", "executed"])
 def test_which_action_is_stored(algorithm: type, store: Any) -> None:

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa import Question, QuestionAnswerer
@@ -37,18 +37,66 @@ def train(env: type, text: str, steps: int, seed: int, **kwargs: Any) -> PPO:
     return model.learn(steps, callback=QACallback())
 
 
-def answers(model: PPO, cells: int) -> np.ndarray:
+class Pushed(gym.ActionWrapper[Any, Any, Any]):
+    """Walks by a continuous action, for SAC."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def action(self, action: Any) -> Any:
+        return np.int64(action[0] > 0.0)
+
+
+def train_off_policy(algorithm: Any, env: Any, text: str, steps: int, seed: int, **kwargs: Any) -> Any:
+    """From a replay buffer: a time limit of 30, horizons up to 40."""
+    question = Question(text, eventually("hit", within="k"), k=HORIZONS, name="hit")
+    envs = DummyVecEnv([env for _ in range(16)])
+    torch.set_num_threads(1)
+    model = algorithm(
+        qa_policy(algorithm),
+        envs,
+        seed=seed,
+        learning_rate=1e-3,
+        batch_size=256,
+        train_freq=1,
+        buffer_size=50_000,
+        learning_starts=1000,
+        policy_kwargs=dict(questions=[question], net_arch=[64, 64]),
+        **kwargs,
+    )
+    return model.learn(steps, callback=QACallback())
+
+
+def answers(model: Any, cells: int) -> np.ndarray:
     """Answers in all cells but the absorbing one, horizons last."""
     qa = QuestionAnswerer.from_model(model)
     obs = np.eye(cells, dtype=np.float32)[1:]
     return np.stack([qa.ask(f"hit[k={k}]", obs).probability for k in HORIZONS], axis=-1)
 
 
-def check_random_walk(steps: int, seed: int) -> float:
-    told = answers(train(RandomWalk, "Will I be at the edge within {k} steps?", steps, seed), 11)
+def check_random_walk(steps: int, seed: int, algorithm: Any = PPO) -> float:
+    text = "Will I be at the edge within {k} steps?"
+    if algorithm is PPO:
+        told = answers(train(RandomWalk, text, steps, seed), 11)
+    else:
+        env: Any = (lambda: Pushed(RandomWalk())) if algorithm is SAC else RandomWalk
+        told = answers(train_off_policy(algorithm, env, text, steps, seed), 11)
     walk = RandomWalk()
     known = np.stack([walk.probability_within(k)[1:] for k in HORIZONS], axis=-1)
     assert (np.diff(told, axis=-1) >= 0).all(), "a longer horizon answered below a shorter one"
+    return float(np.abs(told - known).mean())
+
+
+def check_action_walk_off_policy(steps: int, seed: int) -> float:
+    # An agent that always explores takes both actions alike, so that there is one truth.
+    text = "Will I be at the edge within {k} steps if I choose {action}?"
+    explore = dict(exploration_initial_eps=1.0, exploration_final_eps=1.0)
+    told = answers(train_off_policy(DQN, Unrewarded, text, steps, seed, **explore), 7)
+    walk = ActionWalk()
+    known = np.stack([walk.probability_within(k, np.full((7, 2), 0.5))[1:] for k in HORIZONS], axis=-1)
+    assert (np.diff(told, axis=-1) >= 0).all()
+    assert told[0, 0, 0] - told[0, 1, 0] > 0.15
     return float(np.abs(told - known).mean())
 
 
@@ -93,3 +141,26 @@ def test_action_walk(seed: int) -> None:
     error = check_action_walk(150_000, seed)
     print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
     assert error <= 0.04
+
+
+def test_random_walk_off_policy_early() -> None:
+    assert check_random_walk(15_000, seed=0, algorithm=DQN) < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("algorithm", [DQN, SAC])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_walk_off_policy(algorithm: Any, seed: int) -> None:
+    error = check_random_walk(48_000, seed, algorithm)
+    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
+    assert error <= 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(3))
+def test_action_walk_off_policy(seed: int) -> None:
+    error = check_action_walk_off_policy(48_000, seed)
+    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
+    assert error <= 0.06

@@ -172,6 +172,19 @@ class VetoRule(AnswerRule):
         """Which proposed actions (n,) are flagged."""
         return is_catastrophe(risk, self.threshold)
 
+    def masks(self, possible: Bools) -> Bools:
+        """Which actions (n, n_actions) may be sampled: those that would not be vetoed, or else the safest.
+
+        :param possible: (n, n_actions), those the environment allows
+        """
+        if self.shadow or not self.ready():
+            return possible
+        risk = self.risk(None)
+        masks: Bools = possible & ~is_catastrophe(risk, self.threshold)
+        none = np.flatnonzero(~masks.any(axis=1))
+        masks[none, safest(np.where(possible, risk, np.inf))[none]] = True
+        return masks
+
     def replace(self, actions: NDArray[Any], candidates: NDArray[Any], risk: Floats) -> NDArray[Any]:
         """For each environment the candidate to execute instead."""
         # The copy is for torch, which warns of arrays that cannot be written to.
@@ -329,6 +342,29 @@ class VecVetoAction(VecQAWrapper):
         super().__init__(
             venv, VetoRule("VecVetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound), qa
         )
+
+    @property
+    def _masking(self) -> bool:
+        """Whether there are actions to mask: a discrete space, and a question about its actions."""
+        rule = self.rule
+        return isinstance(rule, VetoRule) and isinstance(self.action_space, spaces.Discrete)
+
+    def has_attr(self, attr_name: str) -> bool:
+        return (attr_name == "action_masks" and self._masking) or super().has_attr(attr_name)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """As any wrapper's, but for ``action_masks``, which sb3-contrib's MaskablePPO asks for: no action that would be vetoed
+        is in them, beside those that the environment itself masks.
+        """
+        if method_name != "action_masks" or not self._masking:
+            return super().env_method(method_name, *args, indices=indices, **kwargs)
+        rule = self.rule
+        assert isinstance(rule, VetoRule) and isinstance(self.action_space, spaces.Discrete)
+        possible = np.ones((self.num_envs, int(self.action_space.n)), np.bool_)
+        if self.venv.has_attr("action_masks"):
+            possible = np.array(self.venv.env_method("action_masks"), np.bool_)
+        masks = rule.masks(possible)
+        return [masks[i] for i in self._get_indices(indices)]
 
 
 class VecRandomVeto(VecQAWrapper):
