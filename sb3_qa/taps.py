@@ -36,6 +36,15 @@ READOUTS: dict[str, tuple[str, ...]] = {
 """The readouts of each family of policies, by the name of its class, as sb3-contrib need not be installed. Of a sequence of
 layers its last linear one is meant."""
 
+SEQUENCES = {
+    "DQNPolicy": ("q_net", "q_net"),
+    "QRDQNPolicy": ("quantile_net", "quantile_net"),
+    "SACPolicy": ("actor", "latent_pi"),
+    "TD3Policy": ("actor", "mu"),
+    "TQCPolicy": ("actor", "latent_pi"),
+}
+"""The network of families with one readout, and its sequence of layers up to it, which :class:`_Dense` computes."""
+
 CRITIC_ONLY = {"TRPO": "value_net"}
 """Algorithms whose actor takes steps that no loss can be added to, with the readout that the questions are joined at."""
 
@@ -78,7 +87,11 @@ class Taps:
         self.names = family
         self._actor_critic = hasattr(policy, "evaluate_actions")
         self._direct = self._actor_critic and all(_is_stock(type(policy), name) for name in _PASSES)
-        self._dense = (_Dense(), _Dense()) if self._direct and _is_plain_mlp(policy) else None
+        self._sequence = _plain_sequence(policy) if names is None else None
+        if self._direct and _is_plain_mlp(policy):
+            self._dense: tuple[_Dense, ...] | None = (_Dense(), _Dense())
+        else:
+            self._dense = (_Dense(),) if self._sequence else None
         self.seen: list[torch.Tensor | None] = [None] * len(family)
         self._watched: list[torch.Tensor] = []
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
@@ -90,7 +103,7 @@ class Taps:
         return self._copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        dense = None if self._dense is None else (_Dense(), _Dense())
+        dense = None if self._dense is None else tuple(_Dense() for _ in self._dense)
         return {**self.__dict__, "seen": [None] * len(self.names), "_watched": [], "_dense": dense}
 
     def _copy(self) -> Taps:
@@ -127,12 +140,23 @@ class Taps:
         """Latents of each readout (n, dim) for a batch of observations, arrays or tensors; no gradients, no use of a random stream."""
         if self._dense is not None and isinstance(obs, np.ndarray):
             x = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
-            nets = policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net
-            small = [dense(net, x) for dense, net in zip(self._dense, nets, strict=True)]
-            if small[0] is not None and small[1] is not None:
-                return [small[0], small[1]]
+            small = [dense(layers, x) for dense, layers in zip(self._dense, self._layers(policy), strict=True)]
+            latents = [latent for latent in small if latent is not None]
+            if len(latents) == len(small):
+                return latents
         with torch.no_grad(), _evaluating(policy):
             return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
+
+    def _layers(self, policy: Any) -> list[list[nn.Module]]:
+        """Layers from the observations to each readout, of a policy of dense layers."""
+        if self._sequence is None:
+            extractor = policy.mlp_extractor
+            return [list(extractor.policy_net._modules.values()), list(extractor.value_net._modules.values())]
+        owner, name = self._sequence
+        layers = list(getattr(getattr(policy, owner), name)._modules.values())
+        if self.names[0] == f"{owner}.{name}":  # the readout is the last linear layer of the same sequence
+            layers = layers[: max(n for n, layer in enumerate(layers) if isinstance(layer, nn.Linear))]
+        return [layers]
 
     def tensors(self, policy: Any, obs: Any) -> list[torch.Tensor]:
         """Latents of each readout (n, dim) for a batch of tensors, as the policy computes them."""
@@ -288,17 +312,16 @@ class _Dense:
         self._key: list[Any] = []
         self._steps: list[tuple[Floats, Floats | None] | Callable[[Floats], Floats]] = []
 
-    def __call__(self, net: nn.Sequential, x: Floats) -> Floats | None:
+    def __call__(self, layers: list[nn.Module], x: Floats) -> Floats | None:
         """(n, n_in) -> (n, n_out); None where the layers are others, are elsewhere than on the CPU, or have hooks."""
         key: list[Any] = []
-        for layer in net._modules.values():
-            assert layer is not None
+        for layer in layers:
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return None
             key.append(layer)
             key += [parameter.data_ptr() for parameter in layer._parameters.values() if parameter is not None]
         if key != self._key:
-            steps = [_step_of(layer) for layer in net]
+            steps = [_step_of(layer) for layer in layers]
             if None in steps:
                 return None
             self._key, self._steps = key, [step for step in steps if step is not None]
@@ -336,6 +359,20 @@ def _is_plain_mlp(policy: Any) -> bool:
         and isinstance(space, spaces.Box)
         and space.dtype.kind == "f"
     )
+
+
+def _plain_sequence(policy: Any) -> tuple[str, str] | None:
+    """Where SB3's own dense layers go from the observations, which are numbers, to the one readout of a policy."""
+    kind = next((cls for cls in type(policy).__mro__ if cls.__name__ in SEQUENCES), None)
+    space = policy.observation_space
+    if kind is None or not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        return None
+    owner, name = SEQUENCES[kind.__name__]
+    network = getattr(policy, owner)
+    stock = all(_is_stock(type(network), each) for each in ("forward", "extract_features"))
+    if not stock or type(network.features_extractor) is not FlattenExtractor:
+        return None
+    return (owner, name) if isinstance(getattr(network, name, None), nn.Sequential) else None
 
 
 def _tensors(policy: Any, obs: Any) -> Any:

@@ -300,3 +300,16 @@ def test_an_unknown_family_says_what_it_could_not_find_and_takes_names() -> None
         qa_policy(Own)(*arguments, questions=QUESTIONS, qa_readouts=["trunk.9"])
     policy: Any = qa_policy(Own)(*arguments, questions=QUESTIONS, qa_readouts=["last"])
     assert QuestionAnswerer(policy).ask("low[k=4]", np.zeros((5, 3), np.float32)).probability.shape == (5, 2)
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN, SAC, TD3, TQC])
+@pytest.mark.parametrize("arch", [[], [8], [8, 6]])
+def test_dense_layers_are_read_as_torch_computes_them(algorithm: type, arch: list[int]) -> None:
+    model = taught(algorithm, net=dict(net_arch=arch))
+    taps, policy = model.policy.qa_taps, model.policy
+    obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    assert taps._dense is not None
+    with torch.no_grad():
+        by_torch = [latent.numpy() for latent in taps.tensors(policy, torch.as_tensor(obs))]
+    np.testing.assert_allclose(taps.read(policy, obs)[0], by_torch[0], atol=1e-6)
+    assert taps._dense[0]._steps or not arch
