@@ -17,12 +17,15 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 
+RENEWED = 100  # minibatches that the curve at a time limit is used for before it is asked anew
+
+
 class ReplayLabels(LabelStore):
     """Labels of what a replay buffer holds: row ``position * n_envs + env`` belongs to that transition.
 
     A transition whose future has not arrived yet has no label and is left out, whatever has happened so far, so that early
-    events are not favoured. Beyond a time limit the future goes on by the curve that the answerer gives for the last state
-    now, as a target network's value would.
+    events are not favoured. Beyond a time limit the future goes on by the curve that the answerer gives for the last state,
+    asked anew every ``RENEWED`` minibatches, as the value of a target network would be.
 
     :param targets: what is learnt
     :param n_rows: transitions that the buffer holds
@@ -49,6 +52,8 @@ class ReplayLabels(LabelStore):
         """What has to be the same for labels to be used again."""
         self.curves: Callable[[NDArray[Any]], list[Floats]] | None = None
         """From rows of transitions to survival curves, of each event target, of the states they led to."""
+        self._curve_after: dict[int, Floats] = {}
+        self._age = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What is worth keeping with a buffer: no questions, whose facts need not be of a kind that can be pickled."""
@@ -64,6 +69,8 @@ class ReplayLabels(LabelStore):
         self.cut_row[rows] = -1
         for value in self.values.values():
             value[rows] = np.nan
+        for row in rows.tolist():
+            self._curve_after.pop(row, None)
 
     def put(self, rows: NDArray[np.intp] | slice, labels: LabelStore) -> None:
         """Take in the labels of these rows; their ``cut_row`` names the row of the transition at the end of which they are cut."""
@@ -85,5 +92,12 @@ class ReplayLabels(LabelStore):
 
     def _continuations(self, rows: NDArray[np.intp]) -> tuple[Floats, Ints]:
         assert self.curves is not None
+        self._age += 1
+        if self._age > RENEWED:
+            self._age = 0
+            self._curve_after.clear()
         ends, which = np.unique(self.cut_row[rows], return_inverse=True)
-        return np.concatenate(self.curves(ends), axis=1), which.astype(np.int32)
+        new = [row for row in ends.tolist() if row not in self._curve_after]
+        if new:
+            self._curve_after.update(zip(new, np.concatenate(self.curves(np.array(new)), axis=1), strict=True))
+        return np.stack([self._curve_after[row] for row in ends.tolist()]), which.astype(np.int32)

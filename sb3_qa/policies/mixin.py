@@ -105,7 +105,7 @@ class QAPolicyMixin:
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
-        return iter(_parameters_of(self, set(), recurse))  # type: ignore[arg-type]
+        return _parameters_of(self, set(), recurse)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
@@ -119,18 +119,16 @@ class QAPolicyMixin:
         return names
 
 
-def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> list[nn.Parameter]:
+def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> Iterator[nn.Parameter]:
     """Parameters in the order of ``nn.Module.parameters()``, each once, but for those of the head."""
-    found = []
     for parameter in module._parameters.values():
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
-            found.append(parameter)
+            yield parameter
     if recurse:
         for child in module._modules.values():
             if child is not None and not isinstance(child, QAHead):
-                found += _parameters_of(child, seen)
-    return found
+                yield from _parameters_of(child, seen)
 
 
 def _tapped(
