@@ -313,3 +313,36 @@ def test_dense_layers_are_read_as_torch_computes_them(algorithm: type, arch: lis
         by_torch = [latent.numpy() for latent in taps.tensors(policy, torch.as_tensor(obs))]
     np.testing.assert_allclose(taps.read(policy, obs)[0], by_torch[0], atol=1e-6)
     assert taps._dense[0]._steps or not arch
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_the_policy_is_a_policy_like_any_other(algorithm: Any, tmp_path: Path) -> None:
+    model = taught(algorithm)
+    model.learn(80, callback=QACallback())
+    obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    acted = model.predict(obs, deterministic=True)[0]
+    assert acted.shape == (5, *model.action_space.shape)
+    model.policy.save(tmp_path / "policy.pth")
+    loaded = type(model.policy).load(tmp_path / "policy.pth")
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], acted)
+    asked = QuestionAnswerer.from_model(model).ask("is_low", obs).probability
+    np.testing.assert_array_equal(QuestionAnswerer(loaded).ask("is_low", obs).probability, asked)
+    again = type(model.policy)(**model.policy._get_constructor_parameters())
+    again.load_state_dict(model.policy.state_dict())
+    np.testing.assert_array_equal(again.predict(obs, deterministic=True)[0], acted)
+    other = taught(algorithm)
+    other.set_parameters(model.get_parameters())
+    np.testing.assert_array_equal(other.predict(obs, deterministic=True)[0], acted)
+    assert model.policy.to("cpu") is model.policy
+    assert {id(p) for p in model.policy.qa_head.parameters()}.isdisjoint(id(p) for p in model.policy.parameters())
+
+
+@pytest.mark.parametrize("algorithm", [DQN, SAC])
+def test_steps_and_episodes_between_updates(algorithm: Any) -> None:
+    for train_freq, gradient_steps in (((1, "episode"), -1), ((3, "step"), 2)):
+        env = DummyVecEnv([lambda: Drift(continuous=algorithm is SAC)])
+        net = {**network(algorithm, "vector", True), "questions": QUESTIONS}
+        model = make(algorithm, qa_policy(algorithm), env, net, train_freq=train_freq, gradient_steps=gradient_steps)
+        model.learn(100, callback=QACallback())
+        model.learn(60, callback=QACallback(), reset_num_timesteps=False)
+        assert int(model.policy.qa_head.n_updates) > 0
