@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
+from sb3_qa.closed_form import ClosedForm
 from sb3_qa.encoders import ActionFeatures, initial_rows
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Instance, Number
@@ -122,11 +122,12 @@ class QAHead(nn.Module):
         self.register_buffer("average", self.flat.detach().clone())
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
         self._views: dict[bool, tuple[int, Weights]] = {}
+        self._closed_form: ClosedForm | None = None
         self._followed = self.flat._version  # of the weights that the average has taken in
         self.register_load_state_dict_post_hook(_both_are_loaded)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}
+        return {**self.__dict__, "_views": {}, "_closed_form": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -262,90 +263,19 @@ class QAHead(nn.Module):
         if latents[0].device.type == "cpu":
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
             d_latents, d_flat = self._gradients(np, self._numpy(answering=False), arrays, features, y, weight)
-            return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat)
+            return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat.copy())
         arrays = [latent.detach() for latent in latents]
         moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
-        return self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
+        d_latents, d_flat = self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
+        return d_latents, d_flat.clone()
 
     def _gradients(
-        self, xp: Any, w: Weights, latents: Sequence[Array], features: Array, y: Array, weight: Array
+        self, xp: Any, w: Weights, latents: Sequence[Array], features: Array | None, y: Array, weight: Array
     ) -> tuple[list[Array], Array]:
-        # Few operations, as each costs more than its arithmetic: inputs of a layer end in a column of ones, for the bias;
-        # states are in the upper half of the last one and actions in the lower, where there are both.
-        new: Any = partial(np.empty, dtype=np.float32) if xp is np else partial(torch.empty, device=y.device)
-        n, n_state, width = len(y), self.n_state, self.width
-        z = new((n, self.latent_dim + 1))
-        stops = list(itertools.accumulate(latent.shape[1] for latent in latents))
-        places = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
-        for latent, place in zip(latents, places, strict=True):
-            z[:, place] = latent
-        z[:, -1] = 1.0
-        inputs = [z]
-        for layer in w.hidden[:-1]:
-            x = new((n, len(layer) + 1))
-            xp.tanh(inputs[-1] @ layer.T, out=x[:, :-1])
-            x[:, -1] = 1.0
-            inputs.append(x)
-        if features is None:
-            parts = [(slice(0, n), slice(0, n_state))]
-        elif not n_state:
-            parts = [(slice(0, n), slice(0, self.n_logits))]
-        else:
-            parts = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
-        x = new((len(parts) * n, width + 1))
-        units = x[:, :width]
-        if w.hidden:
-            hidden = inputs[-1] @ w.hidden[-1].T
-            if n_state:
-                units[:n] = hidden
-            if features is not None:
-                hidden += features @ w.action
-                units[-n:] = hidden
-            xp.tanh(units, out=units)
-        else:
-            units[:] = z[:, :width]
-        x[:, width] = 1.0 / self.scale  # logits are scaled, and the bias is not
-        logits = new(y.shape)
-        for rows, columns in parts:
-            xp.matmul(x[rows], w.readout[columns].T, out=logits[:, columns])
-        logits *= self.scale
-        d_logits = self.probabilities(xp, logits)
-        d_logits -= y
-        d_logits *= weight
-        d_logits *= self.scale
-        d_flat = new(self.flat.shape)
-        d = self.weights(d_flat)
-        d_x = new((len(x), width))
-        for rows, columns in parts:
-            xp.matmul(d_logits[:, columns].T, x[rows], out=d.readout[columns])
-            xp.matmul(d_logits[:, columns], w.readout[columns, :width], out=d_x[rows])
-        if not w.hidden:
-            return [d_x[:, place] for place in places], d_flat
-        d_x *= 1.0 - units * units  # of tanh
-        d_hidden = d_x[:n]
-        if features is not None:
-            xp.matmul(features.T, d_x[-n:], out=d.action)
-            if n_state:
-                d_hidden += d_x[-n:]
-        for k in range(len(w.hidden) - 1, -1, -1):
-            xp.matmul(d_hidden.T, inputs[k], out=d.hidden[k])
-            d_hidden = d_hidden @ w.hidden[k][:, :-1]
-            if k:
-                units = inputs[k][:, :-1]
-                d_hidden *= 1.0 - units * units
-        return [d_hidden[:, place] for place in places], d_flat
-
-    def probabilities(self, xp: Any, logits: Array) -> Array:
-        """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""
-        out = xp.tanh(logits * 0.5)  # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
-        out *= 0.5
-        out += 0.5
-        for start, stop, width in self.blocks:
-            if width > 1:
-                block = logits[:, start:stop].reshape(len(out), -1, width)
-                block = xp.exp(block - xp.amax(block, -1)[..., None])
-                out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(out), -1)
-        return out
+        form, acted = self._closed_form, features is not None
+        if form is None or form.weights is not w or form.n != len(y) or form.acted != acted:
+            form = self._closed_form = ClosedForm(self, w, xp, [x.shape[1] for x in latents], y, acted)
+        return form(latents, features, y, weight)
 
 
 def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:
