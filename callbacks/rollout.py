@@ -66,7 +66,7 @@ class Recorder:
         actions = local.get("clipped_actions", local["actions"])
         if "qa/executed_action" in infos[0]:
             actions = np.stack([np.asarray(info["qa/executed_action"]) for info in infos])
-        ended = np.flatnonzero(dones)
+        ended = dones.nonzero()[0]
         truncated = np.zeros(len(dones), np.bool_)
         for i in ended.tolist():
             truncated[i] = infos[i].get("TimeLimit.truncated", False)

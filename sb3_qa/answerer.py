@@ -234,11 +234,12 @@ class QuestionAnswerer:
         :param keep: keep the reading, for whoever asks about the same observations next
         """
         version = self.version
-        if self._last is not None and self._last[1] == version and _same(self._last[0], obs):
+        contents = _contents(obs)
+        if self._last is not None and self._last[1] == version and self._last[0] == contents:
             return self._last[2]
         reading = Reading(self, self._batch(obs)[0])
         if keep:
-            self._last = (_copy(obs), version, reading)
+            self._last = (contents, version, reading)
         return reading
 
     def values(self, keys: Sequence[str]) -> PointValues:
@@ -331,14 +332,12 @@ def observation_normalizer(env: Any) -> VecNormalize | None:
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-    return np.array_equal(a, b)
-
-
-def _copy(obs: Any) -> Any:
-    return {key: np.array(value) for key, value in obs.items()} if isinstance(obs, dict) else np.array(obs)
+def _contents(obs: Any) -> Any:
+    """What observations hold, to be compared later: the memory itself may be written over in between."""
+    if isinstance(obs, dict):
+        return {key: _contents(value) for key, value in obs.items()}
+    array = np.asarray(obs)
+    return array.shape, array.dtype, array.tobytes()
 
 
 def _names_in(env: Any) -> list[str] | None:

@@ -41,7 +41,7 @@ class ActionFeatures:
     def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
         if isinstance(space, spaces.Discrete):
-            self.n_features = int(space.n)
+            self.n_features, self._start = int(space.n), int(space.start)
         elif isinstance(space, spaces.MultiDiscrete):
             self.n_features = int(space.nvec.sum())
             self._first = np.cumsum(space.nvec.ravel()) - space.nvec.ravel() - space.start.ravel()
@@ -58,7 +58,7 @@ class ActionFeatures:
         """Features (..., n_features) of actions (..., *action_shape)."""
         space = self.space
         if isinstance(space, spaces.Discrete):
-            return self._one_hot[actions.astype(np.intp) - int(space.start)]
+            return self._one_hot.take(actions.astype(np.intp) - self._start, axis=0)
         flat = actions.reshape(*actions.shape[: actions.ndim - len(space.shape or ())], -1)
         if isinstance(space, spaces.MultiDiscrete):
             return np.asarray(self._one_hot[flat.astype(np.intp) + self._first].sum(axis=-2))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
+from sb3_qa.closed_form import ClosedForm
 from sb3_qa.encoders import ActionFeatures, initial_rows
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Instance, Number
@@ -56,6 +56,19 @@ class Weights(NamedTuple):
     def layers(self) -> list[tuple[Array, Array]]:
         """(n_out, n_in) and (n_out,) of each of the head's own layers."""
         return [(layer[:, :-1], layer[:, -1]) for layer in self.hidden]
+
+
+class _Answering(NamedTuple):
+    """The weights that answer, for numpy, each as a product takes it: transposed, beside its biases."""
+
+    layers: list[tuple[Floats, Floats]]
+    action: Floats
+    states: tuple[Floats, Floats]
+    """Of the questions about states."""
+    actions: tuple[Floats, Floats]
+    """Of those about actions."""
+    bias: Floats
+    """Of all questions."""
 
 
 class QAHead(nn.Module):
@@ -121,12 +134,14 @@ class QAHead(nn.Module):
         self.n_updates: torch.Tensor
         self.register_buffer("average", self.flat.detach().clone())
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
-        self._views: dict[bool, tuple[int, Weights]] = {}
+        self._learning: tuple[int, Weights] | None = None  # views, and the place that they are of
+        self._answering: tuple[int, _Answering] | None = None
+        self._closed_form: ClosedForm | None = None
         self._followed = self.flat._version  # of the weights that the average has taken in
         self.register_load_state_dict_post_hook(_both_are_loaded)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}
+        return {**self.__dict__, "_learning": None, "_answering": None, "_closed_form": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -144,46 +159,49 @@ class QAHead(nn.Module):
         agent does, and is there from the first update on.
         Source: the polynomial-decay averaging of Shamir and Zhang 2013 (arXiv 1212.1824).
         """
-        self.n_updates += 1
-        share = max(10.0 / (10.0 + int(self.n_updates)), 1.0 / LONGEST_AVERAGE)
-        flat, average = self.flat.detach(), self.average
-        if flat.device.type == "cpu":
-            difference = flat.numpy() - (target := average.numpy())
-            difference *= share
-            target += difference
-        else:
-            average.lerp_(flat, share)
-        self._followed = self.flat._version
+        flat = self.flat
+        self.n_updates.add_(1)
+        share = max(10.0 / (10.0 + self.n_updates.item()), 1.0 / LONGEST_AVERAGE)
+        self.average.lerp_(flat.detach(), share)
+        self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
         readout, action, *hidden = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
         return Weights(readout, action, hidden)
 
-    def _numpy(self, *, answering: bool) -> Weights:
-        """The weights for numpy: views that follow every update on the CPU, copies that are renewed after each elsewhere.
+    def _that_learn(self) -> Weights:
+        """The weights that learn: views that follow every update, numpy's on the CPU."""
+        flat = self.flat
+        if self._learning is None or self._learning[0] != flat.data_ptr():
+            self._learning = flat.data_ptr(), self.weights(flat.detach().numpy() if flat.is_cpu else flat.detach())
+        return self._learning[1]
 
-        :param answering: those that answer, or those that learn
-        """
-        flat = self.average if answering else self.flat.detach()
-        if answering and self._followed != self.flat._version:  # written by hand, not by an optimiser
-            self.average.copy_(self.flat.detach())
-            self._followed = self.flat._version
-        on_cpu = flat.device.type == "cpu"
-        key = flat.data_ptr() if on_cpu else flat._version
-        if answering not in self._views or self._views[answering][0] != key:
-            self._views[answering] = key, self.weights(flat.cpu().numpy())
-        return self._views[answering][1]
+    def _that_answer(self) -> _Answering:
+        """The weights that answer: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
+        flat, average = self.flat, self.average
+        if self._followed != flat._version:  # written by hand, not by an optimiser
+            average.copy_(flat.detach())
+            self._followed = flat._version
+        key = average.data_ptr() if average.is_cpu else flat._version
+        if self._answering is None or self._answering[0] != key:
+            w, n = self.weights(average.cpu().numpy()), self.n_state
+            layers = [(weight.T, bias) for weight, bias in w.layers]
+            parts = (w.rows[:n].T, w.bias[:n]), (w.rows[n:].T, w.bias[n:])
+            self._answering = key, _Answering(layers, w.action, *parts, w.bias)
+        return self._answering[1]
 
     def hidden(self, latents: Floats) -> Floats:
         """(n, latent_dim) -> (n, width), before the last non-linearity."""
-        for n, (weight, bias) in enumerate(self._numpy(answering=True).layers):
-            latents = (np.tanh(latents) if n else latents) @ weight.T + bias
+        for n, (across, bias) in enumerate(self._that_answer().layers):
+            latents = (np.tanh(latents) if n else latents) @ across
+            latents += bias
         return latents
 
     def state_logits(self, hidden: Floats) -> Floats:
         """(n, width) -> (n, n_state)."""
-        return self._logits(self._units(hidden), slice(0, self.n_state))
+        w = self._that_answer()
+        return self._logits(np.tanh(hidden) if w.layers else hidden, w.states)
 
     def action_logits(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
         """Logits of the questions about actions.
@@ -192,7 +210,8 @@ class QAHead(nn.Module):
         :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
-        return self._logits(np.tanh(self._acted(hidden, actions)), slice(self.n_state, self.n_logits))
+        w = self._that_answer()
+        return self._logits(np.tanh(self._acted(w, hidden, actions)), w.actions)
 
     def step_logits(self, before: Floats, actions: NDArray[Any], after: Floats) -> Floats:
         """Logits of all questions (n, n_logits): about the states after, and about the actions taken in those before.
@@ -201,32 +220,26 @@ class QAHead(nn.Module):
         :param actions: (n, *action_shape)
         :param after: (n, width)
         """
-        n = len(before)
-        x = np.tanh(np.concatenate([after, self._acted(before, actions)]))
-        readout = self._numpy(answering=True).readout
-        rows, bias = readout[:, :-1], readout[:, -1]
+        n, w = len(before), self._that_answer()
+        x = np.tanh(np.concatenate([after, self._acted(w, before, actions)]))
         logits = np.empty((n, self.n_logits), np.float32)
-        np.matmul(x[:n], rows[: self.n_state].T, out=logits[:, : self.n_state])
-        np.matmul(x[n:], rows[self.n_state :].T, out=logits[:, self.n_state :])
+        np.matmul(x[:n], w.states[0], out=logits[:, : self.n_state])
+        np.matmul(x[n:], w.actions[0], out=logits[:, self.n_state :])
         logits *= self.scale
-        logits += bias
+        logits += w.bias
         return logits
 
-    def _units(self, hidden: Floats) -> Floats:
-        return np.tanh(hidden) if self._numpy(answering=True).hidden else hidden
-
-    def _acted(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
+    def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any]) -> Floats:
         """``hidden`` with the actions added in: (n, width), or (n, m, width)."""
         assert self.action_features is not None
-        added: Floats = self.action_features(actions) @ self._numpy(answering=True).action
+        added: Floats = self.action_features(actions) @ w.action
         added += hidden[:, None] if added.ndim == 3 else hidden
         return added
 
-    def _logits(self, x: Floats, columns: slice) -> Floats:
-        readout = self._numpy(answering=True).readout[columns]
-        logits: Floats = x @ readout[:, :-1].T
+    def _logits(self, x: Floats, readout: tuple[Floats, Floats]) -> Floats:
+        logits: Floats = x @ readout[0]
         logits *= self.scale
-        logits += readout[:, -1]
+        logits += readout[1]
         return logits
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -261,91 +274,25 @@ class QAHead(nn.Module):
         """
         if latents[0].device.type == "cpu":
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
-            d_latents, d_flat = self._gradients(np, self._numpy(answering=False), arrays, features, y, weight)
-            return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat)
+            d_latents, d_flat = self._gradients(np, self._that_learn(), arrays, features, y, weight)
+            return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat.copy())
         arrays = [latent.detach() for latent in latents]
         moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
-        return self._gradients(torch, self.weights(self.flat.detach()), arrays, *moved)
+        d_latents, d_flat = self._gradients(torch, self._that_learn(), arrays, *moved)
+        return d_latents, d_flat.clone()
 
     def _gradients(
-        self, xp: Any, w: Weights, latents: Sequence[Array], features: Array, y: Array, weight: Array
+        self, xp: Any, w: Weights, latents: Sequence[Array], features: Array | None, y: Array, weight: Array
     ) -> tuple[list[Array], Array]:
-        # Few operations, as each costs more than its arithmetic: inputs of a layer end in a column of ones, for the bias;
-        # states are in the upper half of the last one and actions in the lower, where there are both.
-        new: Any = partial(np.empty, dtype=np.float32) if xp is np else partial(torch.empty, device=y.device)
-        n, n_state, width = len(y), self.n_state, self.width
-        z = new((n, self.latent_dim + 1))
-        stops = list(itertools.accumulate(latent.shape[1] for latent in latents))
-        places = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
-        for latent, place in zip(latents, places, strict=True):
-            z[:, place] = latent
-        z[:, -1] = 1.0
-        inputs = [z]
-        for layer in w.hidden[:-1]:
-            x = new((n, len(layer) + 1))
-            xp.tanh(inputs[-1] @ layer.T, out=x[:, :-1])
-            x[:, -1] = 1.0
-            inputs.append(x)
-        if features is None:
-            parts = [(slice(0, n), slice(0, n_state))]
-        elif not n_state:
-            parts = [(slice(0, n), slice(0, self.n_logits))]
-        else:
-            parts = [(slice(0, n), slice(0, n_state)), (slice(n, 2 * n), slice(n_state, self.n_logits))]
-        x = new((len(parts) * n, width + 1))
-        units = x[:, :width]
-        if w.hidden:
-            hidden = inputs[-1] @ w.hidden[-1].T
-            if n_state:
-                units[:n] = hidden
-            if features is not None:
-                hidden += features @ w.action
-                units[-n:] = hidden
-            xp.tanh(units, out=units)
-        else:
-            units[:] = z[:, :width]
-        x[:, width] = 1.0 / self.scale  # logits are scaled, and the bias is not
-        logits = new(y.shape)
-        for rows, columns in parts:
-            xp.matmul(x[rows], w.readout[columns].T, out=logits[:, columns])
-        logits *= self.scale
-        d_logits = self.probabilities(xp, logits)
-        d_logits -= y
-        d_logits *= weight
-        d_logits *= self.scale
-        d_flat = new(self.flat.shape)
-        d = self.weights(d_flat)
-        d_x = new((len(x), width))
-        for rows, columns in parts:
-            xp.matmul(d_logits[:, columns].T, x[rows], out=d.readout[columns])
-            xp.matmul(d_logits[:, columns], w.readout[columns, :width], out=d_x[rows])
-        if not w.hidden:
-            return [d_x[:, place] for place in places], d_flat
-        d_x *= 1.0 - units * units  # of tanh
-        d_hidden = d_x[:n]
-        if features is not None:
-            xp.matmul(features.T, d_x[-n:], out=d.action)
-            if n_state:
-                d_hidden += d_x[-n:]
-        for k in range(len(w.hidden) - 1, -1, -1):
-            xp.matmul(d_hidden.T, inputs[k], out=d.hidden[k])
-            d_hidden = d_hidden @ w.hidden[k][:, :-1]
-            if k:
-                units = inputs[k][:, :-1]
-                d_hidden *= 1.0 - units * units
-        return [d_hidden[:, place] for place in places], d_flat
+        form, acted = self._closed_form, features is not None
+        if form is None or form.weights is not w or form.n != len(y) or form.acted != acted:
+            form = self._closed_form = ClosedForm(self, w, xp, [x.shape[1] for x in latents], y, acted)
+        return form(latents, features, y, weight)
 
-    def probabilities(self, xp: Any, logits: Array) -> Array:
-        """Sigmoid or softmax of each column of (n, n_logits), as its target asks."""
-        out = xp.tanh(logits * 0.5)  # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
-        out *= 0.5
-        out += 0.5
-        for start, stop, width in self.blocks:
-            if width > 1:
-                block = logits[:, start:stop].reshape(len(out), -1, width)
-                block = xp.exp(block - xp.amax(block, -1)[..., None])
-                out[:, start:stop] = (block / block.sum(-1)[..., None]).reshape(len(out), -1)
-        return out
+
+def _share(n_updates: int) -> float:
+    """Of the newest weights in the average."""
+    return max(10.0 / (10.0 + n_updates), 1.0 / LONGEST_AVERAGE)
 
 
 def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:

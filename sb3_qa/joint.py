@@ -141,10 +141,9 @@ class JointTraining:
                 f"the buffer handed out {len(rows)} transitions but the network was run on {len(output)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
-        y, weight = self.store.dense(rows)
+        y, weight, features = self.store.batch(rows)
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
-        features = None if self.store.features is None else self.store.features[rows]
         d_latents, d_flat = head.gradients(latents, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
             self.losses.append(self._losses(latents, head, features, y, weight / np.float32(self.coef * mean)))

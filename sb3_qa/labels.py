@@ -224,7 +224,8 @@ class LabelStore:
         self._any_open: Bools = np.asarray(self._open.any(axis=1))
         self._ahead: Floats | None = None
         if len(self) * self.n_columns <= self.AHEAD:
-            self._ahead = np.ascontiguousarray(np.concatenate(self._work_out(np.arange(len(self))), axis=1))
+            parts = [*self._work_out(np.arange(len(self))), *([] if features is None else [features])]
+            self._ahead = np.ascontiguousarray(np.concatenate(parts, axis=1))
 
     def __len__(self) -> int:
         return len(self.cut_row)
@@ -239,10 +240,15 @@ class LabelStore:
         :param rows: (n,)
         :return: ``(y, weight)``, both (n, n_columns) float32, for the caller to keep
         """
-        if self._ahead is not None:
-            both = self._ahead.take(rows, axis=0)
-            return both[:, : self.n_columns], both[:, self.n_columns :]
-        return self._work_out(rows)
+        return self._work_out(rows) if self._ahead is None else self.batch(rows)[:2]
+
+    def batch(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats, Floats | None]:
+        """As :meth:`dense`, and the features of the actions too, (n, n_action_features)."""
+        if self._ahead is None:
+            return *self._work_out(rows), None if self.features is None else self.features[rows]
+        n, all_of_it = self.n_columns, self._ahead.take(rows, axis=0)
+        y, weight = all_of_it[:, :n], all_of_it[:, n : 2 * n]
+        return y, weight, None if self.features is None else all_of_it[:, 2 * n :]
 
     def _work_out(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
         weight = (self._step <= self._known[rows].take(self._owner, axis=1)).astype(np.float32)

@@ -68,6 +68,25 @@ class TestGradients:
             torch.testing.assert_close(torch.cat(list(gradients), dim=1), whole.grad, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(flat, head.flat.grad, rtol=1e-4, atol=1e-6)
 
+    def test_what_it_returns_is_kept(self) -> None:
+        """It works in arrays that are used again, for batches of the same size and of others."""
+        space = make_env().action_space
+        head = QAHead(Catalogue(QUESTIONS), 5, space, [6])
+        rng = np.random.default_rng(0)
+
+        def batch(n: int) -> Any:
+            latents = [torch.as_tensor(rng.normal(size=(n, dim)), dtype=torch.float32) for dim in (2, 3)]
+            y, weight = rng.random((2, n, head.n_logits)).astype(np.float32)
+            return latents, head.action_features(rng.integers(0, space.n, n)), y, weight
+
+        batches = [batch(n) for n in (9, 9, 4, 9)]
+        results = [head.gradients(*each) for each in batches]
+        for each, (d_latents, d_flat) in zip(batches, results, strict=True):
+            alone = QAHead(Catalogue(QUESTIONS), 5, space, [6])
+            expected, expected_flat = alone.gradients(*each)
+            assert all(torch.equal(a, b) for a, b in zip(d_latents, expected, strict=True))
+            assert torch.equal(d_flat, expected_flat)
+
 
 class TestAverage:
     def test_shares_by_hand(self) -> None:

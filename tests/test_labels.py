@@ -283,12 +283,15 @@ class TestLikelihood:
     @given(stores(), st.data())
     def test_ahead_or_in_turn_is_the_same(self, labels, data):
         rows = np.array(data.draw(st.lists(st.integers(0, len(labels[3]) - 1), min_size=1, max_size=12)))
-        ahead = LabelStore(*labels, None)
+        features = np.arange(2.0 * len(labels[3]), dtype=np.float32).reshape(-1, 2)
+        ahead = LabelStore(*labels, features)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LabelStore, "AHEAD", 0)
-            in_turn = LabelStore(*labels, None)
-        for one, other in zip(ahead.dense(rows), in_turn.dense(rows), strict=True):
+            in_turn = LabelStore(*labels, features)
+        for one, other in zip(ahead.batch(rows), in_turn.batch(rows), strict=True):
             assert one.dtype == other.dtype and (one == other).all()
+        for one, other in zip(ahead.dense(rows), ahead.batch(rows)[:2], strict=True):
+            assert (one == other).all()
 
     @given(stores())
     def test_no_cell_is_out_of_range(self, labels):

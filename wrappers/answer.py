@@ -53,7 +53,7 @@ class AnswerRule(Rule):
         executed = self.executed(actions, arrival.infos)
         if self.values.any_state:
             there = self.qa.read(arrival.obs)
-            ended = np.flatnonzero(arrival.done)
+            ended = arrival.done.nonzero()[0]
             if len(ended):
                 there = there.with_states(ended, self.qa.read(arrival.last_obs(ended), keep=False))
         return self.values.of_step(here, executed, there)

@@ -250,7 +250,7 @@ class VecQAWrapper(VecEnvWrapper):
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
-        ended = np.flatnonzero(dones)
+        ended = dones.nonzero()[0]
         self._first[:] = dones
         if self.rule.qa is None:
             self.rule.obs = obs
