@@ -84,9 +84,9 @@ class ReplayLabels(LabelStore):
         if self.features is not None:
             self.features[rows] = labels.features
 
-    def dense(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    def _work_out(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
         """As for a rollout; -1 stands for a transition that never was (of a virtual goal), which has no truth."""
-        y, weight = super().dense(np.maximum(rows, 0))
+        y, weight = super()._work_out(np.maximum(rows, 0))
         weight[rows < 0] = 0.0
         return y, weight
 
