@@ -159,10 +159,15 @@ class QAHead(nn.Module):
         agent does, and is there from the first update on.
         Source: the polynomial-decay averaging of Shamir and Zhang 2013 (arXiv 1212.1824).
         """
-        flat = self.flat
         self.n_updates.add_(1)
         share = max(10.0 / (10.0 + self.n_updates.item()), 1.0 / LONGEST_AVERAGE)
-        self.average.lerp_(flat.detach(), share)
+        flat, average = self.flat.detach(), self.average
+        if flat.is_cpu:
+            difference = flat.numpy() - (target := average.numpy())
+            difference *= share
+            target += difference
+        else:
+            average.lerp_(flat, share)
         self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
 
     def weights(self, flat: Array) -> Weights:
