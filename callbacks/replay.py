@@ -13,6 +13,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, pick, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
+from sb3_qa.errors import QAError
 from sb3_qa.labels import EventTimes, LabelStore, find_cuts
 from sb3_qa.replay import ReplayLabels
 
@@ -45,6 +46,11 @@ class Replay(Recorder):
         self.buffer = buffer
         self.executed = executed
         self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
+        if self._horizon + BLOCK > buffer.buffer_size:
+            raise QAError(
+                f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
+                f"expected at least {self._horizon + BLOCK}, as labels wait for their future; give a larger buffer_size"
+            )
         features = self._head.action_features
         n_rows = buffer.buffer_size * buffer.n_envs
         self.store = ReplayLabels(self.catalogue.targets, n_rows, None if features is None else features.n_features)
@@ -83,6 +89,9 @@ class Replay(Recorder):
 
     def _label(self, n: int) -> None:
         """Label the first ``n`` steps of the recording, whose futures are known, and drop them from it."""
+        if not self._checked:
+            self.reader.check_seen({})
+            self._checked = True
         terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
         cuts = find_cuts(terminated, truncated)
         times, values = self._truths(np.stack(self._next_facts), np.stack(self._state_facts), terminated, truncated)
@@ -102,10 +111,9 @@ class Replay(Recorder):
             labels.cut_row[:] = -1  # the last state before a time limit was not kept: what lies beyond is left out
             labels._open[:] = labels._any_open[:] = False
         rows = flatten_rows(positions[:n, None] * self.buffer.n_envs + np.arange(self.buffer.n_envs))
-        if len(positions) <= self.buffer.buffer_size:  # else the first of them have been overwritten
-            self.store.put(rows, labels)
-            if self.model.num_timesteps - self._scored >= MOST_SCORED:
-                self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
+        self.store.put(rows, labels)
+        if self.model.num_timesteps - self._scored >= MOST_SCORED:
+            self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
         self._last_obs.clear()
         for recorded in (
             self._state_facts,

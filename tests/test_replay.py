@@ -242,6 +242,17 @@ def test_a_buffer_that_hides_its_rows_is_refused() -> None:
         model.learn(50, callback=QACallback())
 
 
+def test_what_could_never_be_learnt_is_refused() -> None:
+    far = Question("Will it ring within 300 steps?", eventually("rings", within=300), name="far")
+    model = DQN(qa_policy(DQN), DummyVecEnv([Bell]), buffer_size=310, policy_kwargs=dict(questions=[far]))
+    with pytest.raises(QAError, match="buffer_size"):
+        model.learn(10, callback=QACallback())
+    wrong = Question("Does it sing?", eventually("sings", within=3), name="sings")
+    model = DQN(qa_policy(DQN), DummyVecEnv([Bell]), policy_kwargs=dict(questions=[wrong]))
+    with pytest.raises(QAError, match="sings"):
+        model.learn(300, callback=QACallback())
+
+
 def test_a_buffer_saved_during_training_is_the_buffer_it_was(tmp_path: Any) -> None:
     class Save(QACallback):
         def _on_step(self) -> bool:
