@@ -9,6 +9,7 @@ Question('Will I crash within {k} steps if I choose {action}?', name='crash')
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
 from sb3_qa.errors import QAError
+from sb3_qa.policies import qa_policy as _  # noqa: F401 - algorithms then take "QAMlpPolicy" by name
 from sb3_qa.questions import Choice, Number, Question, YesNo
 from sb3_qa.truth import Step
 

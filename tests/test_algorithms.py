@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,16 @@ def test_agents_without_a_gradient_or_with_a_memory_are_refused() -> None:
     for algorithm, why in ((ARS, "no gradient"), (RecurrentPPO, "LSTM")):
         with pytest.raises(QAError, match=why):
             qa_policy(algorithm)
+
+
+def test_policies_are_known_by_name_once_the_package_is_imported() -> None:
+    program = (
+        "import sb3_qa; from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3; from sb3_contrib import CrossQ, TRPO;"
+        "assert all('QA' + n in a.policy_aliases for a in (A2C, DDPG, DQN, PPO, SAC, TD3, CrossQ, TRPO)"
+        " for n in a.policy_aliases if not n.startswith('QA'))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert qa_policy(DQN, "CnnPolicy") is DQN.policy_aliases["QACnnPolicy"]
 
 
 def test_an_unknown_family_says_what_it_could_not_find_and_takes_names() -> None:
