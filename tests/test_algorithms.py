@@ -15,9 +15,10 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
@@ -358,3 +359,34 @@ def test_steps_and_episodes_between_updates(algorithm: Any) -> None:
         model.learn(100, callback=QACallback())
         model.learn(60, callback=QACallback(), reset_num_timesteps=False)
         assert int(model.policy.qa_head.n_updates) > 0
+
+
+def test_in_pipelines_that_people_have(tmp_path: Path) -> None:
+    """Stacked images, sub-processes, evaluation and checkpoints beside, early stopping, learning again, other environments."""
+    questions = dict(questions=QUESTIONS)
+    stacked = VecVetoAction(VecFrameStack(environment(DQN, "image"), 2, channels_order="first"), "low[k=4]", 0.5)
+    make(DQN, "QACnnPolicy", stacked, {**network(DQN, "image", True), **questions}).learn(120, callback=QACallback())
+
+    apart = SubprocVecEnv([lambda: Drift("vector", True)] * 2, start_method="fork")
+    model = make(SAC, "QAMlpPolicy", VecAnswerQuestions(apart), {**network(SAC, "vector", True), **questions})
+    model.learn(120, callback=QACallback())
+    apart.close()
+
+    for algorithm in (SAC, MaskablePPO):
+        env, fresh = (VecVetoAction(VecMonitor(environment(algorithm)), "low[k=4]", 0.5) for _ in range(2))
+        model = make(algorithm, qa_policy(algorithm), env, {**network(algorithm, "vector", True), **questions})
+        beside = [
+            EvalCallback(fresh, eval_freq=40, n_eval_episodes=2, verbose=0),
+            CheckpointCallback(50, str(tmp_path / algorithm.__name__), save_replay_buffer=algorithm is SAC),
+        ]
+        model.learn(160, callback=[QACallback(), *beside])
+    saved = sorted((tmp_path / "SAC").glob("*replay_buffer*.pkl"))[-1]
+    model = taught(SAC)
+    model.load_replay_buffer(saved)
+    model.learn(60, callback=QACallback())
+    assert int(model.policy.qa_head.n_updates) > 0
+
+    model = taught(PPO, target_kl=1e-4)
+    model.learn(100, callback=QACallback())
+    model.set_env(environment(PPO))
+    model.learn(60, callback=QACallback(), reset_num_timesteps=False)
