@@ -20,7 +20,7 @@ from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
-from sb3_qa.taps import CRITIC_ONLY
+from sb3_qa.taps import CRITIC_ONLY, of_family
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
@@ -84,9 +84,7 @@ class QACallback(BaseCallback):
         joint = self._policy.qa_joint
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
-        joint.critic_only = next(
-            (CRITIC_ONLY[c.__name__] for c in type(model).__mro__ if c.__name__ in CRITIC_ONLY), None
-        )
+        joint.critic_only = of_family(CRITIC_ONLY, type(model))
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
@@ -118,7 +116,7 @@ class QACallback(BaseCallback):
         if isinstance(self._recorder, Rollout):
             joint.store = self._recorder.labels()
         elif len(joint.losses) < LOSSES:
-            return  # some thousand minibatches are logged together
+            return  # some hundred minibatches are logged together
         self._recorder.log(self.logger)
         if joint.losses:  # of the update before
             losses = torch.stack(joint.losses).mean(dim=0).tolist()

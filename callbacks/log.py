@@ -15,7 +15,7 @@ from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
 from sb3_qa.questions import Instance
 
-__all__ = ["EpisodeLog", "pick", "room_until", "score_questions", "truths"]
+__all__ = ["EpisodeLog", "room_until", "score_questions", "truths"]
 
 MOST_SCORED = 2048  # transitions of a rollout that answers are scored on
 
@@ -159,8 +159,3 @@ def room_until(cuts: Cuts) -> NDArray[np.int64]:
     end[cut] = cuts.step[cuts.row[cut]]
     room: NDArray[np.int64] = end - np.arange(n_steps)[:, None] + 1
     return room
-
-
-def pick(obs: Any, place: Any) -> Any:
-    """Observations at an index, of an array or of a dictionary of arrays."""
-    return {key: value[place] for key, value in obs.items()} if isinstance(obs, dict) else obs[place]

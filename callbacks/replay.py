@@ -11,11 +11,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import flatten_rows
-from sb3_qa.callbacks.log import MOST_SCORED, pick, room_until, score_questions
+from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
-from sb3_qa.labels import EventTimes, LabelStore, find_cuts
+from sb3_qa.labels import EventTimes, LabelStore
 from sb3_qa.replay import ReplayLabels
+from sb3_qa.wrappers.shell import row
 
 __all__ = ["Replay"]
 
@@ -89,12 +90,7 @@ class Replay(Recorder):
 
     def _label(self, n: int) -> None:
         """Label the first ``n`` steps of the recording, whose futures are known, and drop them from it."""
-        if not self._checked:
-            self.reader.check_seen({})
-            self._checked = True
-        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
-        cuts = find_cuts(terminated, truncated)
-        times, values = self._truths(np.stack(self._next_facts), np.stack(self._state_facts), terminated, truncated)
+        times, values, cuts = self._truths()
         actions = flatten_rows(np.stack(self._actions[:n]))
         positions = np.array(self._positions)
         end_rows = np.append(positions[cuts.step] * self.buffer.n_envs + cuts.env, -1).astype(np.int32)
@@ -134,7 +130,7 @@ class Replay(Recorder):
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""
-        obs = pick(kept, np.divmod(rows, self.buffer.n_envs))
+        obs = row(kept, np.divmod(rows, self.buffer.n_envs))
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
 
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
 from sb3_qa.buffers import flatten_rows
-from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, pick, room_until, score_questions
+from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
@@ -117,10 +117,13 @@ class Recorder:
         """Log what the wrappers told."""
         self.episodes.log(logger)
 
-    def _truths(
-        self, facts: Floats, state_facts: Floats, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
-    ) -> tuple[list[EventTimes], list[Floats]]:
+    def _truths(self) -> tuple[list[EventTimes], list[Floats], Cuts]:
         """What became known of each target: of events and yes/no questions, and of choices and numbers; all (n_steps, n_envs)."""
+        if not self._checked:
+            self.reader.check_seen({})
+            self._checked = True
+        facts, state_facts = np.stack(self._next_facts), np.stack(self._state_facts)
+        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
         times: list[EventTimes] = []
         values: list[Floats] = []
         for target, column in zip(self.catalogue.targets, self.reader.column, strict=True):
@@ -130,7 +133,7 @@ class Recorder:
             else:
                 value = window_value(target, fact, state_facts[..., column], terminated, truncated)
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
-        return times, values
+        return times, values, find_cuts(terminated, truncated)
 
     def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
         head = self._head
@@ -187,12 +190,7 @@ class Rollout(Recorder):
 
     def labels(self) -> LabelStore:
         """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
-        if not self._checked:
-            self.reader.check_seen({})
-            self._checked = True
-        terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
-        cuts = find_cuts(terminated, truncated)
-        times, values = self._truths(np.stack(self._next_facts), np.stack(self._state_facts), terminated, truncated)
+        times, values, cuts = self._truths()
         features = self._head.action_features
         self._flat_actions = flatten_rows(np.stack(self._actions))
         self.store = LabelStore(
@@ -212,7 +210,7 @@ class Rollout(Recorder):
         n_rows = len(self.store)
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
         env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
-        obs = pick(self.model.rollout_buffer.observations, (step, env))
+        obs = row(self.model.rollout_buffer.observations, (step, env))
         room = flatten_rows(room_until(self._cuts))[rows]
         score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import nn
 
 from sb3_qa.errors import QAError
 
-__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "readout"]
+__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "of_family", "readout"]
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 READOUTS: dict[str, tuple[str, ...]] = {
     "ActorCriticPolicy": ("action_net", "value_net"),  # PPO, A2C, TRPO
@@ -183,20 +184,21 @@ class Taps:
             if isinstance(step, tuple):
                 logits = latents[0] @ step[0]
                 return np.argmax(logits if step[1] is None else logits + step[1], axis=1)
-        return self._acted(policy, obs, latents, deterministic=True)
+        return self._drawn(policy, obs, latents, 1, deterministic=True)[:, 0]
 
     def sampled(self, policy: Any, obs: Any, latents: list[Floats], n: int) -> NDArray[Any]:
         """``n`` actions for each observation, (n_obs, n, ...), drawn as the policy draws them."""
-        return np.stack([self._acted(policy, obs, latents, deterministic=False) for _ in range(n)], axis=1)
+        return self._drawn(policy, obs, latents, n, deterministic=False)
 
-    def _acted(self, policy: Any, obs: Any, latents: list[Floats], *, deterministic: bool) -> NDArray[Any]:
+    def _drawn(self, policy: Any, obs: Any, latents: list[Floats], n: int, *, deterministic: bool) -> NDArray[Any]:
         with torch.no_grad(), _evaluating(policy):
             if self._actor_critic:
-                actions = self.distribution(policy, obs, latents).get_actions(deterministic=deterministic)
+                draw: Callable[[], torch.Tensor] = partial(
+                    self.distribution(policy, obs, latents).get_actions, deterministic=deterministic
+                )
             else:
-                actions = policy._predict(_tensors(policy, obs), deterministic=deterministic)
-            found: NDArray[Any] = actions.cpu().numpy()
-            return found
+                draw = partial(policy._predict, _tensors(policy, obs), deterministic=deterministic)
+            return np.stack([draw().cpu().numpy() for _ in range(n)], axis=1)
 
     def shares(self, policy: Any, obs: Any, latents: list[Floats]) -> Floats:
         """How often (n, n_actions) the policy takes each action of a discrete space; all or nothing where it is greedy."""
@@ -222,7 +224,7 @@ class Taps:
                     policy._predict(_tensors(policy, obs), deterministic=True)
                 values = seen[0].reshape(len(seen[0]), -1, int(policy.action_space.n)).mean(dim=1).cpu().numpy()
                 return np.asarray(np.take_along_axis(values, actions, axis=1), np.float32)
-            best = self._acted(policy, obs, latents, deterministic=True)
+            best = self.preferred(policy, obs, latents)
             return np.asarray(-np.square(actions - best[:, None]).reshape(*actions.shape[:2], -1).sum(-1), np.float32)
 
     def version(self, policy: Any) -> int:
@@ -263,6 +265,11 @@ class Taps:
         return [seen[name] for name in self.names]
 
 
+def of_family(table: Mapping[str, T], cls: type) -> T | None:
+    """What a table of families, by the names of their classes, says about a class or the nearest of its bases."""
+    return next((table[kind.__name__] for kind in cls.__mro__ if kind.__name__ in table), None)
+
+
 def readout(policy: nn.Module, name: str) -> nn.Module:
     """The module of that dotted name, or the last linear layer of it where it is a sequence of layers.
 
@@ -285,18 +292,14 @@ def readout(policy: nn.Module, name: str) -> nn.Module:
 
 def _readouts_of(policy: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
     """Names of the readouts: as given, or those of the policy's family."""
-    kinds = [cls.__name__ for cls in type(policy).__mro__]
     if names is None:
-        for kind in kinds:
-            if kind in READOUTS:
-                names = READOUTS[kind]
-                break
-        else:
-            linear = [name for name, child in policy.named_modules() if name and isinstance(child, nn.Linear)]
-            raise QAError(
-                f"qa_policy got {type(policy).__name__}, and does not know where it keeps its readouts; expected a subclass of one of "
-                f"{', '.join(READOUTS)}, or their names; its linear layers are {linear}: give policy_kwargs=dict(qa_readouts=[...])"
-            )
+        names = of_family(READOUTS, type(policy))
+    if names is None:
+        linear = [name for name, child in policy.named_modules() if name and isinstance(child, nn.Linear)]
+        raise QAError(
+            f"qa_policy got {type(policy).__name__}, and does not know where it keeps its readouts; expected a subclass of one of "
+            f"{', '.join(READOUTS)}, or their names; its linear layers are {linear}: give policy_kwargs=dict(qa_readouts=[...])"
+        )
     for name in names:
         readout(policy, name)
     return tuple(names)
@@ -363,16 +366,16 @@ def _is_plain_mlp(policy: Any) -> bool:
 
 def _plain_sequence(policy: Any) -> tuple[str, str] | None:
     """Where SB3's own dense layers go from the observations, which are numbers, to the one readout of a policy."""
-    kind = next((cls for cls in type(policy).__mro__ if cls.__name__ in SEQUENCES), None)
+    place = of_family(SEQUENCES, type(policy))
     space = policy.observation_space
-    if kind is None or not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+    if place is None or not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         return None
-    owner, name = SEQUENCES[kind.__name__]
+    owner, name = place
     network = getattr(policy, owner)
     stock = all(_is_stock(type(network), each) for each in ("forward", "extract_features"))
     if not stock or type(network.features_extractor) is not FlattenExtractor:
         return None
-    return (owner, name) if isinstance(getattr(network, name, None), nn.Sequential) else None
+    return place if isinstance(getattr(network, name, None), nn.Sequential) else None
 
 
 def _tensors(policy: Any, obs: Any) -> Any:

@@ -93,11 +93,7 @@ def check_action_walk_off_policy(steps: int, seed: int) -> float:
     text = "Will I be at the edge within {k} steps if I choose {action}?"
     explore = dict(exploration_initial_eps=1.0, exploration_final_eps=1.0)
     told = answers(train_off_policy(DQN, Unrewarded, text, steps, seed, **explore), 7)
-    walk = ActionWalk()
-    known = np.stack([walk.probability_within(k, np.full((7, 2), 0.5))[1:] for k in HORIZONS], axis=-1)
-    assert (np.diff(told, axis=-1) >= 0).all()
-    assert told[0, 0, 0] - told[0, 1, 0] > 0.15
-    return float(np.abs(told - known).mean())
+    return action_walk_error(told, np.full((7, 2), 0.5))
 
 
 def check_action_walk(steps: int, seed: int) -> float:
@@ -107,6 +103,10 @@ def check_action_walk(steps: int, seed: int) -> float:
     told = answers(model, 7)
     with torch.no_grad():
         policy = model.policy.get_distribution(torch.eye(7)).distribution.probs.numpy()
+    return action_walk_error(told, policy)
+
+
+def action_walk_error(told: np.ndarray, policy: np.ndarray) -> float:
     walk = ActionWalk()
     known = np.stack([walk.probability_within(k, policy)[1:] for k in HORIZONS], axis=-1)
     assert told.shape == known.shape == (6, 2, 40)
@@ -125,42 +125,27 @@ def test_action_walk_early() -> None:
     assert check_action_walk(30_000, seed=0) < 0.08
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", range(5))
-def test_random_walk(seed: int) -> None:
-    error = check_random_walk(150_000, seed)
-    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
-    assert error <= 0.04
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", range(5))
-def test_action_walk(seed: int) -> None:
-    error = check_action_walk(150_000, seed)
-    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
-    assert error <= 0.04
-
-
 def test_random_walk_off_policy_early() -> None:
     assert check_random_walk(15_000, seed=0, algorithm=DQN) < 0.08
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("algorithm", [DQN, SAC])
-@pytest.mark.parametrize("seed", range(3))
-def test_random_walk_off_policy(algorithm: Any, seed: int) -> None:
-    error = check_random_walk(48_000, seed, algorithm)
-    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
-    assert error <= 0.06
+# Each with the steps it gets, its bound, and its seeds; `make test-slow ARGS=-rP` shows the errors.
+LONG = [
+    *((check_random_walk, (150_000, seed), 0.04) for seed in range(5)),
+    *((check_action_walk, (150_000, seed), 0.04) for seed in range(5)),
+    *((check_random_walk, (48_000, seed, algorithm), 0.06) for algorithm in (DQN, SAC) for seed in range(3)),
+    *((check_action_walk_off_policy, (48_000, seed), 0.06) for seed in range(3)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", range(3))
-def test_action_walk_off_policy(seed: int) -> None:
-    error = check_action_walk_off_policy(48_000, seed)
-    print(f"mean absolute error {error:.4f}")  # shown by `make test-slow ARGS=-rP`
-    assert error <= 0.06
+@pytest.mark.parametrize(
+    "check, given, bound",
+    LONG,
+    ids=["-".join([c.__name__, *(getattr(x, "__name__", str(x)) for x in g)]) for c, g, _ in LONG],
+)
+def test_known_answers(check: Any, given: tuple[Any, ...], bound: float) -> None:
+    error = check(*given)
+    print(f"mean absolute error {error:.4f}")
+    assert error <= bound

@@ -377,8 +377,8 @@ def stack(rows: list[Any]) -> Any:
     )
 
 
-def row(obs: Any, i: int) -> Any:
-    """Observation of one environment."""
+def row(obs: Any, i: Any) -> Any:
+    """Observation of one environment, or those at an index of arrays."""
     return {key: value[i] for key, value in obs.items()} if isinstance(obs, dict) else obs[i]
 
 

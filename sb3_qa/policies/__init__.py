@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import (
 
 from sb3_qa.errors import QAError
 from sb3_qa.policies.mixin import QAPolicyMixin
-from sb3_qa.taps import REFUSED
+from sb3_qa.taps import REFUSED, of_family
 
 __all__ = [
     "QACnnPolicy",
@@ -67,9 +67,9 @@ def qa_policy(
 
 
 def _refuse(policy_class: type[BasePolicy]) -> None:
-    for kind in policy_class.__mro__:
-        if kind.__name__ in REFUSED:
-            raise QAError(f"qa_policy got {policy_class.__name__}; expected another, as {REFUSED[kind.__name__]}")
+    reason = of_family(REFUSED, policy_class)
+    if reason is not None:
+        raise QAError(f"qa_policy got {policy_class.__name__}; expected another, as {reason}")
 
 
 def _make(policy_class: type[BasePolicy]) -> type[BasePolicy]:
