@@ -221,6 +221,11 @@ def test_maskable_agents_never_sample_what_would_be_vetoed(threshold: float) -> 
     shadow = VecVetoAction(environment(MaskablePPO), "low[k=4]", 0.0, shadow=True, qa=qa)
     shadow.reset()
     assert np.stack(shadow.env_method("action_masks")).all()
+    # A question about states tells no action from another: its veto acts, and masks nothing.
+    state = VecVetoAction(environment(MaskablePPO), "low_later", 0.0, on_veto=lambda obs, action: 1 - action, qa=qa)
+    state.reset()
+    assert np.stack(state.env_method("action_masks")).shape == (2, 2)
+    assert np.stack(state.env_method("action_masks")).all()
 
 
 @pytest.mark.parametrize("algorithm", [DQN, SAC])

@@ -177,7 +177,7 @@ class VetoRule(AnswerRule):
 
         :param possible: (n, n_actions), those the environment allows
         """
-        if self.shadow or not self.ready():
+        if self.shadow or not self.ready() or not self._about_action:
             return possible
         risk = self.risk(None)
         masks: Bools = possible & ~is_catastrophe(risk, self.threshold)
@@ -345,9 +345,8 @@ class VecVetoAction(VecQAWrapper):
 
     @property
     def _masking(self) -> bool:
-        """Whether there are actions to mask: a discrete space, and a question about its actions."""
-        rule = self.rule
-        return isinstance(rule, VetoRule) and isinstance(self.action_space, spaces.Discrete)
+        """Whether there are actions that can be listed."""
+        return isinstance(self.action_space, spaces.Discrete)
 
     def has_attr(self, attr_name: str) -> bool:
         return (attr_name == "action_masks" and self._masking) or super().has_attr(attr_name)
