@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qa.answerer import QuestionAnswerer
-from sb3_qa.buffers import flatten_rows
+from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
@@ -130,7 +130,7 @@ class Replay(Recorder):
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""
-        obs = row(kept, np.divmod(rows, self.buffer.n_envs))
+        obs = as_seen(self.model.observation_space, row(kept, np.divmod(rows, self.buffer.n_envs)))
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
 
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:

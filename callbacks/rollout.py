@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
-from sb3_qa.buffers import flatten_rows
+from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
@@ -210,7 +210,7 @@ class Rollout(Recorder):
         n_rows = len(self.store)
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
         env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
-        obs = row(self.model.rollout_buffer.observations, (step, env))
+        obs = as_seen(self.model.observation_space, row(self.model.rollout_buffer.observations, (step, env)))
         room = flatten_rows(room_until(self._cuts))[rows]
         score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 
 from sb3_qa.errors import QAError
 from sb3_qa.joint import JointTraining
 
-__all__ = ["flatten_rows", "label_rows", "stop_labelling"]
+__all__ = ["as_seen", "flatten_rows", "label_rows", "stop_labelling"]
 
 
 def label_rows(buffer: BaseBuffer, joint: JointTraining) -> None:
@@ -99,6 +100,13 @@ def _blank(base: Any) -> Any:
 def _rows_of(taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]], n_envs: int) -> NDArray[np.intp]:
     rows = [np.ravel(position * n_envs + env) for position, env in taken]
     return np.concatenate(rows) if rows else np.zeros(0, np.intp)
+
+
+def as_seen(space: spaces.Space[Any], kept: Any) -> Any:
+    """Observations out of a buffer, as the policy sees them: buffers keep the number of a discrete space as (n, 1)."""
+    if isinstance(space, spaces.Dict):
+        return {key: as_seen(space.spaces[key], value) for key, value in kept.items()}
+    return kept.reshape(len(kept), *(space.shape or ()))
 
 
 def flatten_rows(array: NDArray[Any]) -> NDArray[Any]:
