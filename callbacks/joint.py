@@ -18,6 +18,7 @@ from sb3_qa.buffers import label_rows, stop_labelling
 from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
+from sb3_qa.memory import RareEventMemory
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
 from sb3_qa.taps import CRITIC_ONLY, of_family
@@ -42,13 +43,21 @@ class QACallback(BaseCallback):
     :param verbose: as in SB3
     :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
         environment answered to it, or the "executed"
+    :param memory: of rare events, for an on-policy algorithm: keeps answering well about catastrophes that the agent has learnt
+        to avoid, see :class:`~sb3_qa.memory.RareEventMemory`
     """
 
-    def __init__(self, verbose: int = 0, store: Literal["proposed", "executed"] = "proposed") -> None:
+    def __init__(
+        self,
+        verbose: int = 0,
+        store: Literal["proposed", "executed"] = "proposed",
+        memory: RareEventMemory | None = None,
+    ) -> None:
         super().__init__(verbose)
         if store not in ("proposed", "executed"):
             raise QAError(f'QACallback got store={store!r}; expected "proposed" or "executed"; give one of them')
         self.store = store
+        self.memory = memory
         self._recorder: Recorder | None = None
 
     @property
@@ -72,6 +81,14 @@ class QACallback(BaseCallback):
                 "on-policy one learns from what it proposed; leave it out"
             )
 
+        if self.memory is not None:
+            if not isinstance(self.model, OnPolicyAlgorithm):
+                raise QAError(
+                    f"QACallback got a memory of rare events with {type(self.model).__name__}; expected an on-policy algorithm, as a "
+                    "replay buffer remembers by itself; leave it out, or give a larger buffer_size"
+                )
+            self.memory.check(self._policy.qa_head.catalogue)
+
     def _on_training_start(self) -> None:
         model = self.model
         if isinstance(model, OnPolicyAlgorithm):
@@ -88,7 +105,8 @@ class QACallback(BaseCallback):
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
-            self._recorder = Rollout(model, answerer)
+            self._recorder = Rollout(model, answerer, self.memory)
+            joint.remember = self._recorder.remembered if self.memory is not None else None
         else:
             assert isinstance(model, OffPolicyAlgorithm)
             replay = Replay(model, answerer, executed=self.store == "executed")
@@ -130,6 +148,7 @@ class QACallback(BaseCallback):
     def _on_training_end(self) -> None:
         stop_labelling(self._buffer)
         self._policy.qa_joint.store = None
+        self._policy.qa_joint.remember = None
         self._recorder = None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -19,6 +20,7 @@ from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_ques
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
+from sb3_qa.memory import RareEventMemory, Remembered
 from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
@@ -185,6 +187,12 @@ class Rollout(Recorder):
 
     model: OnPolicyAlgorithm
 
+    def __init__(
+        self, model: OnPolicyAlgorithm, answerer: QuestionAnswerer, memory: RareEventMemory | None = None
+    ) -> None:
+        self.memory = memory
+        super().__init__(model, answerer)
+
     def _begins(self) -> NDArray[np.bool_]:
         return np.asarray(self.model._last_episode_starts, np.bool_)
 
@@ -202,7 +210,37 @@ class Rollout(Recorder):
             None if features is None else features(self._flat_actions),
         )
         self._cuts = cuts
+        if self.memory is not None:
+            self._offer(self.memory)
         return self.store
+
+    def _offer(self, memory: RareEventMemory) -> None:
+        """Let a memory keep what it will of this rollout."""
+        store, rare = self.store, memory.among(self.catalogue)
+        event = np.any([store.times[t.start].event & (store.times[t.start].known <= t.width) for t in rare], axis=0)
+        obs = self.model.rollout_buffer.observations
+        flat = {key: flatten_rows(x) for key, x in obs.items()} if isinstance(obs, dict) else flatten_rows(obs)
+        flat = as_seen(self.model.observation_space, flat)
+        reading = self.answerer.read(flat, keep=False)
+        logits = reading.state_logits()
+        if any(target.question.per_action for target in rare):
+            logits = np.concatenate([logits, reading.action_logits(self._flat_actions)], axis=1)
+        risk = np.max([1.0 - survival(logits[:, t.start : t.stop])[:, -1] for t in rare], axis=0)
+        y, weight = store.dense(np.arange(len(store)))
+        others = np.ones(weight.shape[1], np.bool_)
+        for target in rare:
+            others[target.start : target.stop] = False
+        weight[:, others] = 0.0
+        memory.offer(flat, store.features, y, weight, event, risk)
+
+    def remembered(self, n: int) -> tuple[list[torch.Tensor], Remembered] | None:
+        """``n`` transitions out of the memory, and the latents that they have now."""
+        more = None if self.memory is None else self.memory.sample(n)
+        if more is None:
+            return None
+        policy: Any = self.model.policy
+        latents = policy.qa_taps.read(policy, more.obs)
+        return [torch.as_tensor(latents[index], device=policy.device) for index in policy.qa_taps.keep], more
 
     def log(self, logger: Any) -> None:
         """Log scores of answers about this rollout, given before they are trained on, and what the wrappers told."""

@@ -19,6 +19,7 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.labels import LabelStore
+from sb3_qa.memory import Remembered
 
 __all__ = ["JointTraining", "attach", "question_losses"]
 
@@ -98,6 +99,8 @@ class JointTraining:
         """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
         self.observations: Any = None
         """What the algorithm was handed with the pending rows, where only the critic is passed."""
+        self.remember: Callable[[int], tuple[Sequence[torch.Tensor], Remembered] | None] | None = None
+        """Draws so many transitions from a memory of rare events, and reads them."""
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
@@ -147,6 +150,9 @@ class JointTraining:
         d_latents, d_flat = head.gradients(latents, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
             self.losses.append(self._losses(latents, head, features, y, weight / np.float32(self.coef * mean)))
+        if self.remember is not None and (more := self.remember(len(rows))) is not None:
+            past, (_, features, y, weight) = more
+            d_flat += head.gradients(past, features, y, weight * np.float32(self.coef * mean))[1]
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
