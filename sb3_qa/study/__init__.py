@@ -1,0 +1,1 @@
+"""The empirical premises, measured: tasks, environments and runs."""
