@@ -1,0 +1,162 @@
+"""Agents and environments for the command line: a model or an answerer from a file, and what it can act in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecFrameStack,
+    VecNormalize,
+    VecTransposeImage,
+    is_vecenv_wrapped,
+)
+
+from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.errors import QAError
+from sb3_qa.policies import QAPolicyMixin, algorithms, stock_policies
+
+__all__ = ["Agent", "load_agent", "make_env"]
+
+
+class Agent:
+    """Who acts and answers: a model of SB3, or an answerer, which acts as the policy that it was saved with.
+
+    :param qa: who answers
+    :param model: who acts; the answerer's own policy if None
+    """
+
+    def __init__(self, qa: QuestionAnswerer, model: BaseAlgorithm | None = None) -> None:
+        self.qa = qa
+        self.model = model
+
+    def act(self, obs: Any, *, deterministic: bool) -> NDArray[Any]:
+        """Actions (n_envs, ...) for a batch of observations."""
+        if self.model is not None:
+            return np.asarray(self.model.predict(obs, deterministic=deterministic)[0])
+        return self.qa.read(obs, keep=False).preferred()
+
+
+def load_agent(path: Path, algorithm: str | None = None) -> Agent:
+    """The agent in a file: an answerer (``QuestionAnswerer.save``) or, from a ``.zip``, a model (``model.save``).
+
+    As with SB3 itself, loading a model runs code that was pickled into it: open only files you trust. An answerer's file holds
+    none.
+
+    :param algorithm: of a model, e.g. "ppo"; found out if None
+    :raises QAError: when there is none, or it has no questions
+    """
+    if not path.exists():
+        raise QAError(
+            f"there is no file {str(path)!r}; expected a model (.zip) or an answerer (.qa); write it with model.save() or qa.save()"
+        )
+    if path.suffix != ".zip":
+        return Agent(QuestionAnswerer.load(path))
+    data, _, _ = load_from_zip_file(path, device="cpu")
+    if data is None or not issubclass(data.get("policy_class", object), QAPolicyMixin):
+        raise QAError(
+            f"{str(path)!r} holds a model without questions; expected a policy made by qa_policy(); train it with QACallback()"
+        )
+    model = _class_of(data, algorithm).load(path, device="cpu")
+    return Agent(QuestionAnswerer.from_model(model), model)
+
+
+def _class_of(data: dict[str, Any], name: str | None) -> type[BaseAlgorithm]:
+    known = {algorithm.__name__.lower(): algorithm for algorithm in algorithms()}
+    if name is not None:
+        if name.lower() not in known:
+            raise QAError(f"got the algorithm {name!r}; expected one of {sorted(known)}; leave it out to have it found")
+        return known[name.lower()]
+    # The file does not say which algorithm wrote it; whose arguments it holds, and no others', it was.
+    bases = data["policy_class"].__mro__
+    fits = [a for a in known.values() if any(policy in bases for policy in stock_policies(a).values())]
+    if not fits:
+        raise QAError(
+            f"the model has a {data['policy_class'].__name__}, which no known algorithm has; expected one of {sorted(known)}; say "
+            "which one it is: --algorithm"
+        )
+    return max(fits, key=lambda algorithm: _fit(algorithm, data))
+
+
+def _fit(algorithm: type[BaseAlgorithm], data: dict[str, Any]) -> float:
+    arguments = set(inspect.signature(algorithm).parameters) - {"policy", "env", "_init_setup_model", "device"}
+    found = arguments & set(data)
+    return len(found) - 2.0 * len(arguments - found)
+
+
+def make_env(
+    name: str, kwargs: str = "{}", *, frame_stack: int = 1, normalize: Path | None = None, render: bool = True
+) -> VecEnv:
+    """One environment, wrapped as SB3 wraps it for a policy.
+
+    :param name: of a registered environment; ``module:Name-v0`` imports the module first
+    :param kwargs: for ``gym.make``, as JSON
+    :param frame_stack: how many observations the policy sees at once
+    :param normalize: statistics saved by ``VecNormalize.save``
+    :raises QAError: when it cannot be made
+    """
+    try:
+        given = json.loads(kwargs)
+        assert isinstance(given, dict)
+    except (ValueError, AssertionError):
+        raise QAError(
+            f"--env-kwargs got {kwargs!r}; expected a JSON object; write e.g. '{{\"gravity\": -9.0}}'"
+        ) from None
+    if render and "render_mode" not in given:
+        given["render_mode"] = _render_mode(name)
+    try:
+        env: VecEnv = DummyVecEnv([lambda: gym.make(name, **given)])
+    except gym.error.Error as error:
+        raise QAError(
+            f"--env got {name!r} ({error}); expected a registered environment; write module:Name-v0 to import the module that "
+            "registers it"
+        ) from error
+    if frame_stack > 1:
+        env = VecFrameStack(env, frame_stack)
+    if normalize is not None:
+        if not normalize.exists():
+            raise QAError(
+                f"there is no file {str(normalize)!r}; expected one written by VecNormalize.save(); mend the path"
+            )
+        env = VecNormalize.load(str(normalize), env)
+        env.training = False
+    return env
+
+
+def as_seen_by(agent: Agent, env: VecEnv) -> VecEnv:
+    """``env`` with the channels of images where the policy has them; refuse one whose observations or actions are others.
+
+    :raises QAError: naming both
+    """
+    policy = agent.qa.policy
+    if env.observation_space != policy.observation_space and not is_vecenv_wrapped(env, VecTransposeImage):
+        try:
+            turned = VecTransposeImage(env)
+            env = turned if turned.observation_space == policy.observation_space else env
+        except AssertionError:  # no images
+            pass
+    shapes = [getattr(space, "shape", None) for space in (env.observation_space, policy.observation_space)]
+    if shapes[0] != shapes[1] or env.action_space != policy.action_space:
+        raise QAError(
+            f"--env has {env.observation_space} and {env.action_space}; expected those of the agent, {policy.observation_space} and "
+            f"{policy.action_space}; give its own environment, and --frame-stack or --normalize as in training"
+        )
+    return env
+
+
+def _render_mode(name: str) -> str | None:
+    """Text where the environment can show itself so, else frames."""
+    try:
+        modes = getattr(gym.spec(name).entry_point, "metadata", None) or gym.make(name).metadata
+    except Exception:  # gym.make says it better, later
+        return None
+    return next((mode for mode in ("ansi", "rgb_array") if mode in modes.get("render_modes", [])), None)
