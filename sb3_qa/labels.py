@@ -261,7 +261,7 @@ class LabelStore:
         all_y, all_weight = np.zeros((2, len(rows), self.n_columns), np.float32)
         all_y[:, self._columns], all_weight[:, self._columns] = y, weight
         for target in self._valued:
-            _fill_value(target, self.values[target.start][rows], all_y, all_weight)
+            fill_value(target, self.values[target.start][rows], all_y, all_weight)
         return all_y, all_weight
 
     def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:
@@ -279,7 +279,7 @@ class LabelStore:
         return self._table, self.cut_row[rows]
 
 
-def _fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
+def fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
     known = np.flatnonzero(~np.isnan(value))
     value = value[known]
     weight[known, target.start : target.stop] = 1.0
