@@ -17,6 +17,7 @@ from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
 from sb3_qa.hindsight import Hindsight
 from sb3_qa.labels import EventTimes, LabelStore
+from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.questions import Target
 from sb3_qa.replay import ReplayLabels
 from sb3_qa.wrappers.shell import row
@@ -68,6 +69,8 @@ class Replay(Recorder):
             )
         buffer.qa_labels = self.store  # type: ignore[attr-defined]
         self._scored = model.num_timesteps
+        windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
+        self._ages = CutAges(buffer.n_envs, self._begins()) if windows else None
         self._events = [target for target in self.store.targets if target.kind == "event"]
 
     def _begins(self) -> NDArray[np.bool_]:
@@ -76,6 +79,7 @@ class Replay(Recorder):
     def start(self) -> None:
         super().start()
         self._positions: list[int] = []
+        self._left: list[NDArray[np.int64]] = []
 
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step, which the algorithm is about to put into its buffer."""
@@ -84,12 +88,37 @@ class Replay(Recorder):
         self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
         super().record(local)
         self._positions.append(position)
+        if self._ages is not None:
+            self._left.append(self._ages.step(self._terminated[-1], self._truncated[-1]))
         if self.buffer.optimize_memory_usage:
-            self._keep_ends(position)
+            step = len(self._actions) - 1
+            for env in np.flatnonzero(self._truncated[step]).tolist():
+                self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
         if len(self._positions) >= self._horizon - 1 + BLOCK:
             self._label(len(self._positions) - self._horizon + 1)
+
+    def finish(self) -> None:
+        """Learning stops here: futures that are not known yet go on by the answerer's curve for the newest state."""
+        if (
+            self._positions and self._positions[-1] == self.buffer.pos
+        ):  # the step that a callback stopped at is not stored
+            self._drop(slice(-1, None))
+        if not self._positions or not self._checked:  # or so little was recorded that facts may be told later
+            return
+        if self.buffer.optimize_memory_usage:
+            obs, going = self._raw_obs(self.model._last_obs), ~(self._terminated[-1] | self._truncated[-1])
+            for env in np.flatnonzero(going).tolist():
+                self._keep_end(self._positions[-1], env, obs[env])
+        self._label(len(self._positions))
+
+    def _window(self, target: Target, *recorded: Any) -> Floats:
+        value = super()._window(target, *recorded)
+        if self._ages is not None and target.horizon is not None:
+            terminated, truncated = recorded[-2:]
+            value[cut_anyway(terminated, truncated, np.stack(self._left), target.horizon)] = np.nan
+        return value
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
         policy = self.answerer.policy
@@ -117,6 +146,9 @@ class Replay(Recorder):
         if self.model.num_timesteps - self._scored >= MOST_SCORED:
             self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
         self._last_obs.clear()
+        self._drop(slice(n))
+
+    def _drop(self, steps: slice) -> None:
         for recorded in (
             self._state_facts,
             self._next_facts,
@@ -124,8 +156,9 @@ class Replay(Recorder):
             self._truncated,
             self._actions,
             self._positions,
+            self._left,
         ):
-            del recorded[:n]
+            del recorded[steps]
 
     def _score(
         self, labels: LabelStore, rows: NDArray[np.intp], actions: NDArray[Any], room: NDArray[np.int64]
@@ -141,12 +174,9 @@ class Replay(Recorder):
     def _policy_sees(self, obs: Any) -> Any:
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
 
-    def _keep_ends(self, position: int) -> None:
-        """The buffer writes the next episode's first state over the last one before a time limit, which goes on in labels."""
-        step = len(self._actions) - 1
-        for env in np.flatnonzero(self._truncated[step]).tolist():
-            last = self._raw_obs(self._last_obs[step, env])
-            self.store.ends[position * self.buffer.n_envs + env] = np.array(last, self.buffer.observations.dtype)
+    def _keep_end(self, position: int, env: int, obs: Any) -> None:
+        """The buffer may write the next episode's first state over the last one of this, which labels go on from."""
+        self.store.ends[position * self.buffer.n_envs + env] = np.array(obs, self.buffer.observations.dtype)
 
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
         if self.buffer.optimize_memory_usage:

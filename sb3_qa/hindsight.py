@@ -241,7 +241,8 @@ class _GoalFact:
     """One callable fact: whether it can be recomputed, and whether it takes a minibatch at once.
 
     Both are found out by calling it: on the first minibatch, and again on the 2nd, 4th, 8th, ... it is called row by row,
-    what it reads is noted, and its answer to the whole minibatch as one step of arrays is compared. A fact that reads what
+    what it reads is noted, and its answer to the whole minibatch as one step of arrays is compared (one that differs between
+    rows, as all are alike otherwise). A fact that reads what
     is not known once, or raises, is not called again.
     """
 
@@ -269,7 +270,8 @@ class _GoalFact:
             return None
         if check and self._at_once is not False:
             whole = self._whole(states)
-            self._at_once = whole is not None and np.allclose(whole, one_by_one, rtol=1e-5, equal_nan=True)
+            alike = whole is not None and np.allclose(whole, one_by_one, rtol=1e-5, equal_nan=True)
+            self._at_once = alike and (self._at_once or len(np.unique(one_by_one)) > 1 or None)
         return one_by_one if self.about_goal else None
 
     def _singly(self, states: _States) -> Floats | None:
