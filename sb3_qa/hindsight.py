@@ -39,6 +39,7 @@ __all__ = ["Hindsight", "VirtualGoals"]
 
 Floats = NDArray[np.float32]
 
+EVERY = 4  # minibatches, of which the virtual goals of one are taught: they are most of its rows, and need a forward pass more
 GOAL = "desired_goal"
 NOT_KNOWN = ("action", "terminated", "truncated", "info")  # and the reward, of the state that is asked about
 
@@ -76,6 +77,7 @@ class Hindsight:
         self._policy_sees = policy_sees
         self._curves = curves
         self._n_columns = sum(target.width for target in targets)
+        self._n_minibatches = 0
         self._facts: dict[tuple[int, bool], _GoalFact] = {}
         self._targets: list[tuple[Target, tuple[int, bool]]] = []
         for target, column in zip(targets, reader.column, strict=True):
@@ -85,6 +87,11 @@ class Hindsight:
             if signal.call is not None and (now or one_step):
                 self._targets.append((target, (column, now)))
                 self._facts.setdefault((column, now), _GoalFact(signal))
+
+    def minibatch(self, goals: VirtualGoals) -> tuple[Floats, Floats] | None:
+        """The labels of a minibatch's virtual goals, or None where they are left out of it, as all but each ``EVERY``-th are."""
+        self._n_minibatches += 1
+        return self.labels(goals) if self._n_minibatches % EVERY == 0 else None
 
     def labels(self, goals: VirtualGoals) -> tuple[Floats, Floats]:
         """Targets and weights of the loss's cells, (n, n_columns) both, as of :meth:`~sb3_qa.labels.LabelStore.dense`."""

@@ -154,7 +154,9 @@ class ReplayLabels(LabelStore):
         y, weight = np.zeros((2, len(rows), self.n_columns), np.float32)
         y[real], weight[real] = self._work_out(rows[real])
         if self.hindsight is not None and goals is not None and len(goals.position) == len(virtual):
-            y[virtual], weight[virtual] = self.hindsight.labels(goals)
+            labels = self.hindsight.minibatch(goals)
+            if labels is not None:
+                y[virtual], weight[virtual] = labels
         return y, weight, None if self.features is None else self.features[np.where(rows < 0, ~rows, rows)]
 
     def _continuations(self, rows: NDArray[np.intp]) -> tuple[Floats, Ints]:

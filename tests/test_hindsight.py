@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_qa import Number, Question, QuestionAnswerer
+from sb3_qa import Number, Question, QuestionAnswerer, hindsight
 from sb3_qa.callbacks import QACallback
 from sb3_qa.hindsight import Hindsight, VirtualGoals
 from sb3_qa.policies import qa_policy
@@ -205,6 +205,7 @@ def test_labels_of_virtual_goals_are_those_recomputed_by_hand(batch_size: int, m
         return y, weight
 
     monkeypatch.setattr(Hindsight, "labels", labels)
+    monkeypatch.setattr(hindsight, "EVERY", 1)
     from_model = QuestionAnswerer.from_model
     answerer: list[QuestionAnswerer] = []
     monkeypatch.setattr(QuestionAnswerer, "from_model", lambda model: answerer.append(from_model(model)) or answerer[0])
@@ -231,4 +232,4 @@ def test_virtual_goals_teach_about_goals(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(Hindsight, "labels", labels)
         told = answers(train(questions, 6000, env=OneGoal), "if")
         errors.append(float(np.abs(told - known).mean()))
-    assert errors[0] < 0.08 < errors[1], errors
+    assert errors[0] < 0.15 < 0.25 < errors[1], errors

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa import Number, Question
 from sb3_qa.callbacks import QACallback
+from sb3_qa.limits import NEVER, CutAges, cut_anyway
 from sb3_qa.policies import qa_policy
 from sb3_qa.testing import RandomWalk
 from sb3_qa.truth import after, eventually, lowest, total
@@ -79,7 +80,7 @@ def errors(fixed: bool) -> dict[str, float]:
                     if at_risk.sum() > 400:
                         hazard = (within[j, cell] - within[j - 1, cell]) / max(1.0 - within[j - 1, cell], 1e-9)
                         worst = max(worst, abs((event[at_risk] == j).mean() - hazard))
-            found[name] = worst
+            found[name] = float(worst)
             continue
         value = labels.values[target.start] if name in ("sum", "low") else np.where(known > 0, event > 0, np.nan)
         means = np.array([np.nanmean(value[cells == cell]) for cell in range(1, CELLS)])
@@ -87,10 +88,55 @@ def errors(fixed: bool) -> dict[str, float]:
     return found
 
 
-BOUNDS = {"hit": 0.06, "later": 0.02, "sum": 0.12, "low": 0.04}
+# Windows kept whenever they are known would be off by 0.007 to 0.010, 0.69 to 0.89 and 0.13.
+BOUNDS = {"hit": 0.04, "later": 0.005, "sum": 0.15, "low": 0.03}
 
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed limit", "random limit"])
 def test_labels_are_as_frequent_as_what_they_tell(fixed: bool) -> None:
     for name, error in errors(fixed).items():
-        assert error < BOUNDS[name], name
+        assert error < BOUNDS[name], (name, error)
+
+
+def test_a_step_is_labelled_in_all_environments_or_in_none() -> None:
+    """At no time are there labels of those transitions alone whose event came early."""
+
+    class Look(QACallback):
+        looked = 0
+
+        def _on_step(self) -> bool:
+            super()._on_step()
+            labels: Any = self.model.replay_buffer.qa_labels  # type: ignore[attr-defined]
+            labelled = (labels._known > 0).reshape(-1, 20, labels._known.shape[1])[: self.n_calls, ..., 0]
+            assert (labelled.all(axis=1) == labelled.any(axis=1)).all()
+            self.looked += bool(labelled.any() and not labelled.all())
+            return True
+
+    env = DummyVecEnv([lambda: Walk(True) for _ in range(20)])
+    look = Look()
+    model = DQN(qa_policy(DQN), env, seed=0, learning_starts=10**9, policy_kwargs=dict(questions=QUESTIONS))
+    model.learn(3000, callback=look)
+    assert look.looked > 50
+
+
+def test_how_far_an_episode_was_from_being_cut() -> None:
+    ages = CutAges(2, np.array([True, False]))
+    yes, no = np.array([True, True]), np.array([False, False])
+    assert ages.step(yes, no).tolist() == [NEVER, NEVER]  # nothing was cut so far
+    for _ in range(99):
+        ages.step(no, no)
+    ages.step(no, yes)  # at the age of 100: beyond the first size of the tables
+    ages.step(no, no)
+    assert ages.step(np.array([True, False]), no).tolist() == [98, NEVER]
+    for _ in range(97):
+        ages.step(no, no)
+    assert ages.step(np.array([False, True]), no).tolist() == [NEVER, 0]  # where it ended it would have been cut
+
+
+def test_which_windows_would_have_been_cut() -> None:
+    terminated = np.array([[False, False, True, False, False]]).T
+    truncated = np.array([[False, False, False, False, True]]).T
+    left = np.array([[NEVER, NEVER, 1, NEVER, NEVER]]).T  # it would have been cut after step 3
+    assert cut_anyway(terminated, truncated, left, 4).ravel().tolist() == [False, True, True, False, False]
+    assert cut_anyway(terminated, truncated, left, 2).ravel().tolist() == [False, False, False, False, False]
+    assert cut_anyway(terminated, truncated, left, 3).ravel().tolist() == [False, False, True, False, False]
