@@ -146,6 +146,8 @@ class QACallback(BaseCallback):
                 self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
 
     def _on_training_end(self) -> None:
+        if isinstance(self._recorder, Replay):
+            self._recorder.finish()
         stop_labelling(self._buffer)
         self._policy.qa_joint.store = None
         self._policy.qa_joint.remember = None

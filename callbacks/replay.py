@@ -8,13 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
+from sb3_qa.hindsight import Hindsight
 from sb3_qa.labels import EventTimes, LabelStore
+from sb3_qa.limits import CutAges, cut_anyway
+from sb3_qa.questions import Target
 from sb3_qa.replay import ReplayLabels
 from sb3_qa.wrappers.shell import row
 
@@ -52,15 +56,21 @@ class Replay(Recorder):
                 f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
                 f"expected at least {self._horizon + BLOCK}, as labels wait for their future; give a larger buffer_size"
             )
-        features = self._head.action_features
-        n_rows = buffer.buffer_size * buffer.n_envs
-        self.store = ReplayLabels(self.catalogue.targets, n_rows, None if features is None else features.n_features)
-        kept = getattr(buffer, "qa_labels", None)
-        if isinstance(kept, ReplayLabels) and kept.signature == self.store.signature:
-            self.store.put(slice(None), kept)
+        self.store = ReplayLabels(
+            self.catalogue.targets,
+            buffer.buffer_size * buffer.n_envs,
+            self._head.action_features,
+            kept=getattr(buffer, "qa_labels", None),
+        )
         self.store.curves = self._curves_after
+        if isinstance(buffer, HerReplayBuffer):
+            self.store.hindsight = Hindsight(
+                self.catalogue.targets, self.reader, buffer, self._policy_sees, self._curves_of
+            )
         buffer.qa_labels = self.store  # type: ignore[attr-defined]
         self._scored = model.num_timesteps
+        windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
+        self._ages = CutAges(buffer.n_envs, self._begins()) if windows else None
         self._events = [target for target in self.store.targets if target.kind == "event"]
 
     def _begins(self) -> NDArray[np.bool_]:
@@ -69,6 +79,7 @@ class Replay(Recorder):
     def start(self) -> None:
         super().start()
         self._positions: list[int] = []
+        self._left: list[NDArray[np.int64]] = []
 
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step, which the algorithm is about to put into its buffer."""
@@ -77,10 +88,37 @@ class Replay(Recorder):
         self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
         super().record(local)
         self._positions.append(position)
+        if self._ages is not None:
+            self._left.append(self._ages.step(self._terminated[-1], self._truncated[-1]))
+        if self.buffer.optimize_memory_usage:
+            step = len(self._actions) - 1
+            for env in np.flatnonzero(self._truncated[step]).tolist():
+                self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
         if len(self._positions) >= self._horizon - 1 + BLOCK:
             self._label(len(self._positions) - self._horizon + 1)
+
+    def finish(self) -> None:
+        """Learning stops here: futures that are not known yet go on by the answerer's curve for the newest state."""
+        if (
+            self._positions and self._positions[-1] == self.buffer.pos
+        ):  # the step that a callback stopped at is not stored
+            self._drop(slice(-1, None))
+        if not self._positions or not self._checked:  # or so little was recorded that facts may be told later
+            return
+        if self.buffer.optimize_memory_usage:
+            obs, going = self._raw_obs(self.model._last_obs), ~(self._terminated[-1] | self._truncated[-1])
+            for env in np.flatnonzero(going).tolist():
+                self._keep_end(self._positions[-1], env, obs[env])
+        self._label(len(self._positions))
+
+    def _window(self, target: Target, *recorded: Any) -> Floats:
+        value = super()._window(target, *recorded)
+        if self._ages is not None and target.horizon is not None:
+            terminated, truncated = recorded[-2:]
+            value[cut_anyway(terminated, truncated, np.stack(self._left), target.horizon)] = np.nan
+        return value
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
         policy = self.answerer.policy
@@ -103,14 +141,14 @@ class Replay(Recorder):
             [np.zeros((0, 0), np.float32)] * len(self._events),
             None if features is None else features(actions),
         )
-        if self.buffer.optimize_memory_usage:
-            labels.cut_row[:] = -1  # the last state before a time limit was not kept: what lies beyond is left out
-            labels._open[:] = labels._any_open[:] = False
         rows = flatten_rows(positions[:n, None] * self.buffer.n_envs + np.arange(self.buffer.n_envs))
-        self.store.put(rows, labels)
+        self.store.put(rows, labels, actions)
         if self.model.num_timesteps - self._scored >= MOST_SCORED:
             self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
         self._last_obs.clear()
+        self._drop(slice(n))
+
+    def _drop(self, steps: slice) -> None:
         for recorded in (
             self._state_facts,
             self._next_facts,
@@ -118,8 +156,9 @@ class Replay(Recorder):
             self._truncated,
             self._actions,
             self._positions,
+            self._left,
         ):
-            del recorded[:n]
+            del recorded[steps]
 
     def _score(
         self, labels: LabelStore, rows: NDArray[np.intp], actions: NDArray[Any], room: NDArray[np.int64]
@@ -130,9 +169,22 @@ class Replay(Recorder):
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""
-        obs = as_seen(self.model.observation_space, row(kept, np.divmod(rows, self.buffer.n_envs)))
+        return self._policy_sees(row(kept, np.divmod(rows, self.buffer.n_envs)))
+
+    def _policy_sees(self, obs: Any) -> Any:
+        obs = as_seen(self.model.observation_space, obs)
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
 
+    def _keep_end(self, position: int, env: int, obs: Any) -> None:
+        """The buffer may write the next episode's first state over the last one of this, which labels go on from."""
+        self.store.ends[position * self.buffer.n_envs + env] = np.array(obs, self.buffer.observations.dtype)
+
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
-        obs = self._observations(self.buffer.next_observations, rows)
-        return self._curves(self.answerer.read(obs, keep=False), self._events)
+        if self.buffer.optimize_memory_usage:
+            obs = self._policy_sees(np.stack([self.store.ends[row] for row in rows.tolist()]))
+        else:
+            obs = self._observations(self.buffer.next_observations, rows)
+        return self._curves_of(obs, self._events)
+
+    def _curves_of(self, obs: Any, events: list[Target]) -> list[Floats]:
+        return self._curves(self.answerer.read(obs, keep=False), events)

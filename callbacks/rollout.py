@@ -133,9 +133,13 @@ class Recorder:
             if target.kind == "event":
                 times.append(event_times((fact == 1.0) == target.question.truth.event_when, terminated, truncated))
             else:
-                value = window_value(target, fact, state_facts[..., column], terminated, truncated)
+                value = self._window(target, fact, state_facts[..., column], terminated, truncated)
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
         return times, values, find_cuts(terminated, truncated)
+
+    def _window(self, target: Target, fact: Floats, now: Floats, terminated: Any, truncated: Any) -> Floats:
+        """The truth of a window (n_steps, n_envs), nan where it is not known."""
+        return window_value(target, fact, now, terminated, truncated)
 
     def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
         head = self._head

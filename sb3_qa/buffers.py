@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 
 from sb3_qa.errors import QAError
+from sb3_qa.hindsight import VirtualGoals
 from sb3_qa.joint import JointTraining
+from sb3_qa.replay import ReplayLabels
 
 __all__ = ["as_seen", "flatten_rows", "label_rows", "stop_labelling"]
 
@@ -71,6 +73,7 @@ def _labelled_replays(base: type[BaseBuffer], joint: JointTraining) -> type[Base
         def sample(self, *args: Any, **kwargs: Any) -> Any:
             self.actions.taken.clear()
             self._n_virtual = 0
+            self._virtual_goals: list[VirtualGoals] = []
             samples = super().sample(*args, **kwargs)
             rows = _rows_of(self.actions.taken, self.n_envs)
             if len(rows) != len(samples.actions):
@@ -78,12 +81,20 @@ def _labelled_replays(base: type[BaseBuffer], joint: JointTraining) -> type[Base
                     f"{base.__name__} handed out {len(samples.actions)} transitions but took actions from {len(rows)} places; expected "
                     "the same, as labels belong to transitions; let it index self.actions by (position, environment)"
                 )
-            joint.hand_out(np.where(np.arange(len(rows)) < len(rows) - self._n_virtual, rows, -1), samples.observations)
+            virtual = np.arange(len(rows)) >= len(rows) - self._n_virtual  # they come last
+            joint.hand_out(np.where(virtual, ~rows, rows), samples.observations)
+            if isinstance(joint.store, ReplayLabels):
+                joint.store.virtual = self._virtual_goals[0] if len(self._virtual_goals) == 1 else None
             return samples
 
         def _get_virtual_samples(self, batch_indices: NDArray[np.intp], *args: Any, **kwargs: Any) -> Any:
             self._n_virtual += len(batch_indices)  # of other goals, and so of other truths
             return super()._get_virtual_samples(batch_indices, *args, **kwargs)
+
+        def _sample_goals(self, batch_indices: NDArray[np.intp], env_indices: NDArray[np.intp]) -> Any:
+            goals = super()._sample_goals(batch_indices, env_indices)
+            self._virtual_goals.append(VirtualGoals(batch_indices, env_indices, goals))
+            return goals
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             plain = _blank(base)  # it is pickled as what it was

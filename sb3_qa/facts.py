@@ -23,7 +23,7 @@ _COMMON: dict[type, frozenset[type]] = {
 }
 
 
-class _Signal:
+class Signal:
     """One fact of one question, as a float: 0/1, the index of an option, or a number; nan where it is not there."""
 
     def __init__(self, target: Target) -> None:
@@ -102,18 +102,18 @@ class FactReader:
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
-        self._signals: list[_Signal] = []
+        self.signals: list[Signal] = []
         self.column: list[int] = []
         """For each target, the column of the facts it is about."""
         columns: dict[Any, int] = {}
         for target in catalogue.targets:
-            signal = _Signal(target)
+            signal = Signal(target)
             if signal.identity not in columns:
-                columns[signal.identity] = len(self._signals)
-                self._signals.append(signal)
+                columns[signal.identity] = len(self.signals)
+                self.signals.append(signal)
             self.column.append(columns[signal.identity])
-        self.needs_steps = any(signal.call is not None for signal in self._signals)
-        self.n_facts = len(self._signals)
+        self.needs_steps = any(signal.call is not None for signal in self.signals)
+        self.n_facts = len(self.signals)
 
     def read(self, infos: Sequence[Mapping[str, Any]], steps: Sequence[Step] | None = None) -> NDArray[np.float32]:
         """Facts of one step of every environment.
@@ -123,7 +123,7 @@ class FactReader:
         :return: (n_envs, n_facts), nan where a fact is not known
         """
         columns = []
-        for signal in self._signals:
+        for signal in self.signals:
             if signal.key is None:
                 assert steps is not None
                 columns.append([signal.read(step) for step in steps])
@@ -138,7 +138,7 @@ class FactReader:
         :param info: a recent info, whose keys are named in the error
         :raises QAError: naming the question, the fact and the keys that are there
         """
-        for signal in self._signals:
+        for signal in self.signals:
             if not signal.seen:
                 keys = [key for key in info if not key.startswith("qa/")]
                 got = f"info had {nearest(str(signal.key or ''), keys)}" if keys else "info was empty"

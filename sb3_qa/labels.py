@@ -19,7 +19,9 @@ __all__ = [
     "EventTimes",
     "LabelStore",
     "event_times",
+    "fill_value",
     "find_cuts",
+    "next_index",
     "window",
     "window_after",
     "window_value",
@@ -65,7 +67,7 @@ def find_cuts(terminated: Bools, truncated: Bools) -> Cuts:
     step, env = np.nonzero(cut)
     row_at = np.full(terminated.shape, -1, np.int32)
     row_at[step, env] = np.arange(len(step), dtype=np.int32)
-    end = _next_index(terminated | truncated | cut)
+    end = next_index(terminated | truncated | cut)
     return Cuts(np.take_along_axis(row_at, end, axis=0), step, env)
 
 
@@ -80,8 +82,8 @@ def event_times(event: Bools, terminated: Bools, truncated: Bools) -> EventTimes
     here = np.arange(n_steps)[:, None]
     last = np.zeros_like(event)
     last[-1] = True
-    end = _next_index(terminated | truncated | last)
-    first = _next_index(event)  # n_steps where none follows
+    end = next_index(terminated | truncated | last)
+    first = next_index(event)  # n_steps where none follows
     happens = first <= end
     ended = np.take_along_axis(terminated, end, axis=0)
     known = np.where(happens, first, end) - here + 1
@@ -155,8 +157,8 @@ def yes_or_no(value: Floats) -> EventTimes:
     return EventTimes((~np.isnan(value)).astype(np.int32), value == 1.0)
 
 
-def _next_index(flag: Bools) -> NDArray[np.intp]:
-    """Index of the first True at or after each row, n_steps where there is none."""
+def next_index(flag: Bools) -> NDArray[np.intp]:
+    """Of flags (n_steps, n_envs): index of the first True at or after each row, n_steps where there is none."""
     n_steps = flag.shape[0]
     index = np.where(flag, np.arange(n_steps)[:, None], n_steps)
     return np.minimum.accumulate(index[::-1], axis=0)[::-1]
@@ -167,7 +169,7 @@ def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools
     n_steps = terminated.shape[0]
     last = np.zeros_like(terminated)
     last[-1] = True
-    end = _next_index(terminated | truncated | last)
+    end = next_index(terminated | truncated | last)
     before = end - np.arange(n_steps)[:, None] <= steps - 2
     ended = np.take_along_axis(terminated, end, axis=0)
     return before & ended, before & ~ended
@@ -261,7 +263,7 @@ class LabelStore:
         all_y, all_weight = np.zeros((2, len(rows), self.n_columns), np.float32)
         all_y[:, self._columns], all_weight[:, self._columns] = y, weight
         for target in self._valued:
-            _fill_value(target, self.values[target.start][rows], all_y, all_weight)
+            fill_value(target, self.values[target.start][rows], all_y, all_weight)
         return all_y, all_weight
 
     def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:
@@ -279,7 +281,8 @@ class LabelStore:
         return self._table, self.cut_row[rows]
 
 
-def _fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
+def fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
+    """Write the cells of a choice or a number into ``y`` and ``weight`` (n, n_columns), where ``value`` (n,) is not nan."""
     known = np.flatnonzero(~np.isnan(value))
     value = value[known]
     weight[known, target.start : target.stop] = 1.0

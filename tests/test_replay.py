@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -11,12 +12,14 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qa import Choice, Number, QAError, Question
 from sb3_qa.callbacks import QACallback
+from sb3_qa.encoders import ActionFeatures
 from sb3_qa.joint import JointTraining
 from sb3_qa.policies import qa_policy
+from sb3_qa.replay import KeptActions
 from sb3_qa.truth import after, always, eventually, now, steps_until, total
 
 QUESTIONS = [
@@ -98,9 +101,6 @@ def test_labels_are_what_came_of_each_transition(buffer_size: int) -> None:
         for env_index in range(2):
             row = t % size * 2 + env_index
             np.testing.assert_array_equal(buffer.observations[t % size, env_index], log[t]["obs"][env_index])  # type: ignore[union-attr]
-            if not labels._known[row].any():
-                assert t > len(log) - HORIZON - 33, "labels come in blocks of 32 steps"
-                continue
             labelled += 1
             future = []
             for step in log[t : t + HORIZON]:
@@ -124,15 +124,129 @@ def test_labels_are_what_came_of_each_transition(buffer_size: int) -> None:
                     assert y[0, target.start : target.stop].tolist() == comes, name
             if labels._any_open[row]:
                 cuts += 1
-                assert end["truncated"][env_index]
+                assert end["truncated"][env_index] or (t + len(future) == len(log) and not end["terminated"][env_index])
                 cut = labels.cut_row[row]
                 assert cut // 2 == (t + len(future) - 1) % size and cut % 2 == env_index
             by_name = {target.question.name: labels.values.get(target.start) for target in labels.targets}
             whole = len(future) >= 2
             digit = by_name["digit"][row]  # type: ignore[index]
             assert np.isnan(digit) if not whole else digit == future[1]["digit"][env_index]
-    assert labelled > 150 or buffer_size < 500
+    assert labelled == 2 * min(size, len(log))
     assert cuts > 10
+
+
+def agent(buffer_size: int = 130, **kwargs: Any) -> DQN:
+    """Of two Bells, which collects and does not train."""
+    env = DummyVecEnv([Bell, Bell])
+    env.seed(1)
+    given = dict(buffer_size=buffer_size, learning_starts=10**6, policy_kwargs=dict(questions=QUESTIONS))
+    return DQN(qa_policy(DQN), env, seed=0, **(given | kwargs))
+
+
+MEMORY_OPTIMISED: dict[str, Any] = dict(
+    optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)
+)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_memory_optimised_buffer_has_the_same_labels(normalised: bool) -> None:
+    """Also of futures that go on beyond a time limit, or beyond the end of learning, whose last states it does not keep."""
+    stores = []
+    for kwargs in ({}, MEMORY_OPTIMISED):
+        model = agent(**kwargs)
+        if normalised:
+            model.set_env(VecNormalize(model.get_env()))
+            model._vec_normalize_env = model.get_env()  # type: ignore[assignment]
+        model.learn(520, callback=QACallback())
+        if kwargs:
+            model.replay_buffer.observations[model.replay_buffer.pos] = 99.0  # type: ignore[union-attr]  # of the next episode
+        stores.append(model.replay_buffer.qa_labels)  # type: ignore[union-attr]
+    plain, optimised = stores
+    assert plain._any_open.sum() > 20
+    np.testing.assert_array_equal(plain.cut_row, optimised.cut_row)
+    for mine, theirs in zip(plain.dense(np.arange(len(plain))), optimised.dense(np.arange(len(plain))), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    ends = sorted(optimised.ends)
+    assert set(optimised.cut_row[optimised._any_open]) <= set(ends)
+    assert len(ends) < len(optimised) / 8, "one for each episode that was cut and is still in the buffer"
+    again = pickle.loads(pickle.dumps(optimised))
+    assert sorted(again.ends) == ends
+
+
+def test_labels_are_gone_on_with_when_learning_goes_on() -> None:
+    model = agent(buffer_size=1000)
+    model.learn(300, callback=QACallback())
+    before: Any = model.replay_buffer.qa_labels  # type: ignore[union-attr]
+    known = before._known.copy()
+    model.learn(200, callback=QACallback(), reset_num_timesteps=False)
+    after: Any = model.replay_buffer.qa_labels  # type: ignore[union-attr]
+    for name in ("_known", "_event_at", "_open", "_any_open", "cut_row", "features"):
+        assert getattr(after, name) is getattr(before, name)
+    assert all(after.values[start] is before.values[start] for start in before.values)
+    np.testing.assert_array_equal(after._known[:300], known[:300])
+    assert (after._known[:500] > 0).any(axis=1).all(), "those at the end of the first learn() too"
+    # Other questions have other labels, and leave nothing of these.
+    other = [
+        Question("Will it ring within 7 steps?", eventually(lambda step: step.info["rings"], within=7), name="ring")
+    ]
+    another = agent(buffer_size=1000, policy_kwargs=dict(questions=other))
+    another.replay_buffer = model.replay_buffer
+    another.learn(2, callback=QACallback())
+    assert np.count_nonzero(another.replay_buffer.qa_labels._known) <= 8  # type: ignore[union-attr]
+
+
+def test_a_step_that_a_callback_stopped_at_is_not_labelled() -> None:
+    class Stop(QACallback):
+        def _on_step(self) -> bool:
+            super()._on_step()
+            return self.n_calls < 100
+
+    model = agent(buffer_size=1000)
+    model.learn(500, callback=Stop())
+    assert model.replay_buffer.pos == 99  # type: ignore[union-attr]
+    labels: Any = model.replay_buffer.qa_labels  # type: ignore[union-attr]
+    assert (labels._known[:198] > 0).any(axis=1).all() and not labels._known[198:].any()
+    assert labels.cut_row.max() < 198
+
+
+def test_labels_are_small() -> None:
+    """At most 16 bytes for each event question and transition, all that is kept with the buffer counted."""
+    events = [
+        Question(
+            "Will it ring within {k} steps if I choose {action}?", eventually("rings", within="k"), k=[5, 50], name="a"
+        ),
+        Question("Will it be silent?", always(lambda step: not step.info["rings"], during=30), name="b"),
+        Question("When will it ring?", steps_until("rings", cap=20), name="c"),
+    ]
+    for asked, most in ((events[:1], 16), (events, 16 * 3)):
+        for kwargs in ({}, MEMORY_OPTIMISED):
+            model = agent(buffer_size=50_000, policy_kwargs=dict(questions=asked), **kwargs)
+            model.learn(1000, callback=QACallback())
+            labels: Any = model.replay_buffer.qa_labels  # type: ignore[union-attr]
+            assert len(labels) == 50_000
+            assert len(pickle.dumps(labels)) <= most * len(labels)
+            arrays = [labels._known, labels._event_at, labels._open, labels._any_open, labels.cut_row]
+            assert sum(array.nbytes for array in [*arrays, labels.features.actions]) <= most * len(labels)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(300, start=-5),
+        spaces.MultiDiscrete([3, 400], start=[-2, 7]),
+        spaces.MultiBinary(3),
+        spaces.Box(-2.0, 3.0, (2,)),
+    ],
+    ids=str,
+)
+def test_kept_actions_have_the_features_that_they_had(space: Any) -> None:
+    features = ActionFeatures(space)
+    kept = KeptActions(features, 100)
+    space.seed(0)
+    actions = np.array([space.sample() for _ in range(50)])
+    kept[np.arange(50, 100)] = actions
+    np.testing.assert_allclose(kept[np.arange(50, 100)], features(actions), atol=1e-6)
+    kept[np.arange(50)]  # of rows that hold nothing yet
 
 
 class Reach(gym.Env[Any, Any]):

@@ -1,0 +1,81 @@
+"""Windows that a time limit would have cut: left out whether or not the episode ended before it.
+
+A sum over the next 10 steps is not known where a time limit cuts them, but it is where a termination ends them first. To keep
+the latter alone would make early ends look frequent: near a limit they would be all that is left. What is fair is to leave
+out a window in either case, if the limit *would have* cut it. At which age an episode that terminated would have been cut
+is drawn from the ages at which others were cut (the Kaplan-Meier estimate, in which terminated episodes are those lost from
+sight: Kaplan and Meier 1958, "Nonparametric estimation from incomplete observations"). With a fixed limit that is exactly the
+limit; with limits at random ages, windows are left out as often after a termination as without one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sb3_qa.labels import next_index
+
+__all__ = ["NEVER", "CutAges", "cut_anyway"]
+
+Bools = NDArray[np.bool_]
+Steps = NDArray[np.int64]
+
+NEVER = 2**40
+
+
+class CutAges:
+    """The ages at which episodes are cut by a time limit, and for each that terminated how far it was from being cut.
+
+    :param n_envs: number of environments
+    :param begins: (n_envs,), whether each is at the beginning of an episode; the age of others is not known, and they
+        count from their next episode on
+    """
+
+    def __init__(self, n_envs: int, begins: Bools) -> None:
+        self._age = np.where(begins, 0, -1)
+        self._at_risk = np.zeros(64, np.int64)
+        self._cut = np.zeros(64, np.int64)
+        self._random = np.random.default_rng(0)
+
+    def step(self, terminated: Bools, truncated: Bools) -> Steps:
+        """Take in one step.
+
+        :param terminated: (n_envs,)
+        :param truncated: (n_envs,)
+        :return: (n_envs,), for episodes that terminate the number of steps until they would have been cut, else ``NEVER``
+        """
+        age = self._age = self._age + (self._age >= 0)
+        if age.max() >= len(self._cut):
+            grown = (0, len(self._cut))
+            self._at_risk, self._cut = np.pad(self._at_risk, grown), np.pad(self._cut, grown)
+        told = age >= 0
+        np.add.at(self._at_risk, age[told & ~terminated], 1)
+        np.add.at(self._cut, age[told & truncated & ~terminated], 1)
+        left = np.full(len(age), NEVER, np.int64)
+        for env in np.flatnonzero(terminated & told).tolist():
+            left[env] = self._draw(int(age[env]))
+        self._age[terminated | truncated] = 0
+        return left
+
+    def _draw(self, age: int) -> int:
+        hazard = self._cut[age:] / np.maximum(self._at_risk[age:], 1)
+        reached = np.cumprod(1.0 - hazard)
+        cut = np.flatnonzero(reached < self._random.random())
+        return int(cut[0]) if len(cut) else NEVER
+
+
+def cut_anyway(terminated: Bools, truncated: Bools, left: Steps, steps: int) -> Bools:
+    """Decisions whose episode terminates, but whose window a time limit would have cut without that.
+
+    :param terminated: (n_steps, n_envs)
+    :param truncated: (n_steps, n_envs)
+    :param left: (n_steps, n_envs), from :class:`CutAges`
+    :param steps: the length of the window
+    """
+    here = np.arange(len(terminated))[:, None]
+    last = np.zeros_like(terminated)
+    last[-1] = True
+    end = next_index(terminated | truncated | last)
+    ended = np.take_along_axis(terminated, end, axis=0)
+    cut = end + np.take_along_axis(left, end, axis=0)
+    return ended & (cut <= here + steps - 2)
