@@ -14,7 +14,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
-from sb3_qa.buffers import label_rows, stop_labelling
+from sb3_qa.buffers import label_rows, still_holds, stop_labelling
 from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
@@ -37,7 +37,8 @@ class QACallback(BaseCallback):
     question, ``qa/<name>/loss``, ``accuracy`` or ``error``, ``brier``, ``auroc`` and ``base_rate`` (of answers given
     before they were trained on), and catastrophe and veto rates, raw and shaped return where wrappers tell them.
 
-    Pass it to ``learn``, by itself or in a list of callbacks.
+    Pass it to ``learn``, by itself or in a list of callbacks. Should ``train()`` be called by hand afterwards, on what that
+    ``learn`` has collected, the agent learns alone; on anything newer it is refused.
 
     :param verbose: as in SB3
     :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
@@ -85,6 +86,7 @@ class QACallback(BaseCallback):
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         joint.critic_only = of_family(CRITIC_ONLY, type(model))
+        self._policy._qa_join_optimizer()  # it may have been replaced, or copied without its hooks
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
@@ -101,6 +103,8 @@ class QACallback(BaseCallback):
         return buffer
 
     def _on_rollout_start(self) -> None:
+        if self._recorder is None:  # collect_rollouts() was called by hand, without learn()
+            self._on_training_start()
         if isinstance(self._recorder, Rollout):
             self._recorder.start()
 
@@ -128,8 +132,9 @@ class QACallback(BaseCallback):
                 self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
 
     def _on_training_end(self) -> None:
+        joint = self._policy.qa_joint
         stop_labelling(self._buffer)
-        self._policy.qa_joint.store = None
+        joint.store, joint.learnt = None, still_holds(self._buffer)
         self._recorder = None
 
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
-from sb3_qa.callbacks.rollout import Recorder
+from sb3_qa.callbacks.rollout import Recorder, as_seen
 from sb3_qa.errors import QAError
 from sb3_qa.labels import EventTimes, LabelStore
 from sb3_qa.replay import ReplayLabels
@@ -22,7 +22,7 @@ __all__ = ["Replay"]
 
 Floats = NDArray[np.float32]
 
-BLOCK = 32  # steps whose labels are made at once
+BLOCK = 32  # steps whose labels are made at once, where the buffer keeps at least four times as many
 
 
 class _Block(LabelStore):
@@ -47,10 +47,12 @@ class Replay(Recorder):
         self.buffer = buffer
         self.executed = executed
         self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
-        if self._horizon + BLOCK > buffer.buffer_size:
+        self._block = max(1, min(BLOCK, buffer.buffer_size // 4))
+        least = self._horizon - 1 + self._block
+        if least > buffer.buffer_size:
             raise QAError(
                 f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
-                f"expected at least {self._horizon + BLOCK}, as labels wait for their future; give a larger buffer_size"
+                f"expected at least {least}, as labels wait for their future; give a larger buffer_size"
             )
         features = self._head.action_features
         n_rows = buffer.buffer_size * buffer.n_envs
@@ -79,7 +81,7 @@ class Replay(Recorder):
         self._positions.append(position)
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
-        if len(self._positions) >= self._horizon - 1 + BLOCK:
+        if len(self._positions) >= self._horizon - 1 + self._block:
             self._label(len(self._positions) - self._horizon + 1)
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
@@ -130,7 +132,7 @@ class Replay(Recorder):
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""
-        obs = row(kept, np.divmod(rows, self.buffer.n_envs))
+        obs = as_seen(row(kept, np.divmod(rows, self.buffer.n_envs)), self.model.observation_space)
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
 
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:

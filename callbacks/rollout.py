@@ -23,7 +23,7 @@ from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
-__all__ = ["Recorder", "Rollout"]
+__all__ = ["Recorder", "Rollout", "as_seen"]
 
 Floats = NDArray[np.float32]
 POLICY_SAMPLES = 8  # actions that stand for the policy at a cut, where they cannot be listed
@@ -210,7 +210,7 @@ class Rollout(Recorder):
         n_rows = len(self.store)
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
         env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
-        obs = row(self.model.rollout_buffer.observations, (step, env))
+        obs = as_seen(row(self.model.rollout_buffer.observations, (step, env)), self.model.observation_space)
         room = flatten_rows(room_until(self._cuts))[rows]
         score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room)
 
@@ -224,6 +224,13 @@ class Rollout(Recorder):
         for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
             rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
         return self._curves(self.answerer.read(stack(rows), keep=False), targets)
+
+
+def as_seen(kept: Any, space: spaces.Space[Any]) -> Any:
+    """Observations (n, ...) that a buffer keeps, in the shapes that the policy sees: buffers keep a number as an array of one."""
+    if isinstance(space, spaces.Dict):
+        return {key: as_seen(kept[key], each) for key, each in space.spaces.items()}
+    return kept.reshape(len(kept), *(space.shape or ()))
 
 
 def _normalize_inside(env: Any) -> VecNormalize | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from sb3_qa.errors import QAError
 from sb3_qa.joint import JointTraining
 
-__all__ = ["flatten_rows", "label_rows", "stop_labelling"]
+__all__ = ["flatten_rows", "label_rows", "still_holds", "stop_labelling"]
 
 
 def label_rows(buffer: BaseBuffer, joint: JointTraining) -> None:
@@ -30,6 +32,17 @@ def stop_labelling(buffer: BaseBuffer) -> None:
     actions = getattr(buffer, "actions", None)
     if isinstance(actions, _Watched):
         buffer.actions = actions.view(np.ndarray)  # type: ignore[attr-defined]
+
+
+def still_holds(buffer: BaseBuffer) -> Callable[[], bool]:
+    """Return what tells whether a buffer still holds the transitions that it holds now."""
+    which, actions, filled = weakref.ref(buffer), weakref.ref(buffer.actions), (buffer.pos, buffer.full)  # type: ignore[attr-defined]
+
+    def unchanged() -> bool:
+        now: Any = which()
+        return now is not None and now.actions is actions() and (now.pos, now.full) == filled
+
+    return unchanged
 
 
 def _labelled_rollouts(base: type[RolloutBuffer], joint: JointTraining) -> type[RolloutBuffer]:

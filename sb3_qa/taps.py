@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -432,5 +433,6 @@ def _blank(space: spaces.Space[Any], device: torch.device) -> Any:
 
 
 def _blank_action(space: spaces.Space[Any], device: torch.device) -> torch.Tensor:
-    blank = torch.zeros((1, *(space.shape or ())), device=device)
+    """An action as a buffer holds it, flat; a whole number has no dimension of its own."""
+    blank = torch.zeros((1, math.prod(space.shape)) if space.shape else (1,), device=device)
     return blank.long() if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) else blank
