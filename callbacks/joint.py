@@ -20,7 +20,7 @@ from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
-from sb3_qa.taps import CRITIC_ONLY, of_family
+from sb3_qa.taps import CRITIC_ONLY, of_family, plain
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
@@ -54,7 +54,7 @@ class QACallback(BaseCallback):
 
     @property
     def _policy(self) -> QAPolicyMixin:
-        return cast(QAPolicyMixin, self.model.policy)
+        return cast(QAPolicyMixin, plain(self.model.policy))
 
     def _init_callback(self) -> None:
         if not hasattr(self.model.policy, "qa_head"):
@@ -86,7 +86,14 @@ class QACallback(BaseCallback):
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         joint.critic_only = of_family(CRITIC_ONLY, type(model))
-        self._policy._qa_join_optimizer()  # it may have been replaced, or copied without its hooks
+        self._policy.qa_join()  # parts may have been replaced, or an optimiser copied without its hooks
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.policy.modules()):
+            # What questions send into the trunk is measured by a backward pass of its own, after which the graph is needed.
+            from torch._functorch import config
+
+            config.donated_buffer = False
+        if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
+            object.__setattr__(model.policy, "parameters", self._policy.parameters)
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):

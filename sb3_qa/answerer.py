@@ -20,6 +20,7 @@ from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead, decode
 from sb3_qa.questions import Catalogue, Instance, nearest
+from sb3_qa.taps import plain
 from sb3_qa.values import PointValues
 
 __all__ = ["QuestionAnswerer", "Reading"]
@@ -143,7 +144,7 @@ class QuestionAnswerer:
     """
 
     def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
-        self.policy = policy
+        self.policy: Any = plain(policy)
         self.normalized = normalized
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):

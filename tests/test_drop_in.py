@@ -22,7 +22,7 @@ from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.policies import qa_policy
 from sb3_qa.truth import Truth, always, eventually, now
-from sb3_qa.wrappers import VecAnswerQuestions
+from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
 from tests.test_algorithms import ALL, QUESTIONS, VALUE_BASED, Drift, environment, make, network, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
@@ -209,10 +209,10 @@ def test_a_question_is_equal_to_itself_once_loaded(tmp_path: Path) -> None:
     asked = [Question("?", eventually(make_fact(1.0), within=3), name="lower"), *QUESTIONS]
     kwargs = dict(questions=asked, net_arch=[8])
     PPO("QAMlpPolicy", environment(PPO), policy_kwargs=kwargs).save(tmp_path / "model.zip")
-    loaded = PPO.load(tmp_path / "model.zip", policy_kwargs=kwargs)
-    ours = loaded.policy_kwargs["questions"]
+    ours = PPO.load(tmp_path / "model.zip").policy_kwargs["questions"]
     assert ours[0].truth.fact is not asked[0].truth.fact and ours == asked
     assert [hash(question) for question in ours] == [hash(question) for question in asked]
+    PPO.load(tmp_path / "model.zip", policy_kwargs=kwargs)  # SB3 compares them
     with pytest.raises(ValueError, match="policy kwargs"):
         PPO.load(tmp_path / "model.zip", policy_kwargs=dict(questions=QUESTIONS, net_arch=[8]))
 
@@ -235,3 +235,60 @@ def test_truths_are_equal_where_their_facts_are_of_the_same_code(a: Truth, b: Tr
     assert (a == b) == same
     assert not same or hash(a) == hash(b)
     assert a != "low"
+
+
+COMPILED = [
+    (PPO, "vector", ""),
+    (PPO, "vector", "mlp_extractor"),
+    (PPO, "vector", "action_net"),
+    (PPO, "image", "features_extractor"),
+    (DQN, "vector", "q_net"),
+    (DQN, "vector", "q_net.q_net"),
+    (DQN, "image", "q_net"),
+    (SAC, "vector", ""),
+    (SAC, "image", "actor"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own affairs
+@pytest.mark.parametrize("algorithm, seen, part", COMPILED)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_in_parts_or_as_a_whole_it_learns_the_same(
+    algorithm: Any, seen: str, part: str, backend: str, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    usual = taught(algorithm, seen).learn(64, callback=QACallback())
+    model = taught(algorithm, seen)
+    if part:
+        owner, _, name = part.rpartition(".")
+        module = model.policy.get_submodule(owner)
+        setattr(module, name, torch.compile(getattr(module, name), backend=backend))
+        if hasattr(model, "_create_aliases"):
+            model._create_aliases()
+    else:
+        model.policy = torch.compile(model.policy, backend=backend)
+    model.learn(64, callback=QACallback())
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.policy.state_dict().items()}
+    for name, value in usual.policy.state_dict().items():
+        torch.testing.assert_close(state[name], value, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert int(state["qa_head.n_updates"]) == int(usual.policy.qa_head.n_updates) > 0
+    qa, obs = QuestionAnswerer.from_model(model), model.get_env().reset()
+    action = np.zeros((2, 1), np.float32) if algorithm is SAC else None
+    asked = qa.ask("low[k=4]", obs, action).probability
+    expected = QuestionAnswerer.from_model(usual).ask("low[k=4]", obs, action).probability
+    np.testing.assert_allclose(asked, expected, atol=1e-3)
+    qa.save(tmp_path / "a.qa")
+    frozen = QuestionAnswerer.load(tmp_path / "a.qa")
+    np.testing.assert_allclose(frozen.ask("low[k=4]", obs, action).probability, asked, atol=1e-5)
+    if algorithm is DQN:
+        env = VecVetoAction(model.get_env(), "low[k=4]", 0.0, on_veto="policy", qa=qa)
+        env.reset()
+        env.step(np.zeros(2, np.int64))
+
+
+def test_a_last_layer_put_in_by_hand_is_read() -> None:
+    model = taught(PPO)
+    model.policy.action_net = torch.nn.Linear(16, 2)
+    head = model.policy.qa_head.flat.detach().clone()
+    model.learn(64, callback=QACallback())
+    assert not torch.equal(model.policy.qa_head.flat, head)

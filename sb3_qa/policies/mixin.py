@@ -78,9 +78,16 @@ class QAPolicyMixin:
         )
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
-        self._qa_join_optimizer()
+        self.qa_join()
+
+    def qa_join(self) -> None:
+        """Tap the readouts and join the optimiser, where a new one of them has been put in; done again, it changes nothing."""
         for index, name in enumerate(self.qa_taps.names):
-            readout(self, name).register_forward_hook(partial(_tapped, self, index))  # type: ignore[arg-type]
+            module = readout(self, name)  # type: ignore[arg-type]
+            if not any(getattr(hook, "func", None) is _tapped for hook in module._forward_hooks.values()):
+                module.register_forward_hook(partial(_tapped, self, index))
+        self.qa_taps.watch_anew()
+        self._qa_join_optimizer()
 
     def _qa_join_optimizer(self) -> None:
         """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
@@ -141,10 +148,13 @@ def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> I
                 yield from _parameters_of(child, seen)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a compiled network pauses here: labels are no part of its graph
 def _tapped(
     policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor | None:
     joint: JointTraining = policy.qa_joint
+    if policy.qa_taps.passing is not None:
+        policy.qa_taps.passing[index] = args[0], output
     if not (joint.waiting and torch.is_grad_enabled()):
         return None
     if joint.critic_only:
