@@ -188,7 +188,7 @@ class QAHead(nn.Module):
         if self._followed != flat._version:  # written by hand, not by an optimiser
             average.copy_(flat.detach())
             self._followed = flat._version
-        key = average.data_ptr() if average.is_cpu else flat._version
+        key = average.data_ptr() if average.is_cpu else flat._version + average._version  # either may be loaded alone
         if self._answering is None or self._answering[0] != key:
             w, n = self.weights(average.cpu().numpy()), self.n_state
             layers = [(weight.T, bias) for weight, bias in w.layers]

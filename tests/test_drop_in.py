@@ -292,3 +292,41 @@ def test_a_last_layer_put_in_by_hand_is_read() -> None:
     head = model.policy.qa_head.flat.detach().clone()
     model.learn(64, callback=QACallback())
     assert not torch.equal(model.policy.qa_head.flat, head)
+
+
+def test_on_another_device_the_gradient_is_worked_out_there() -> None:
+    """On the device "meta", which has shapes and no numbers, nothing may come from or go to the CPU."""
+    head = taught(PPO).policy.qa_head
+    rng = np.random.default_rng(0)
+    y, weight, features = (rng.random((5, n), np.float32) for n in (head.n_logits, head.n_logits, 2))
+    latents = [torch.zeros(5, head.latent_dim - 4), torch.zeros(5, 4)]
+    here = head.gradients(latents, features, y, weight)
+    head.to("meta")
+    there = head.gradients([latent.to("meta") for latent in latents], features, y, weight)
+    for mine, theirs in zip([*there[0], there[1]], [*here[0], here[1]], strict=True):
+        assert mine.is_meta and mine.shape == theirs.shape
+    head.n_updates = torch.zeros(())
+    head.follow()
+    assert head.average.is_meta
+
+
+def test_drawing_actions_leaves_the_stream_of_the_device_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed sets the streams of all devices; the one that the policy is on is put back, not only the CPU's."""
+    reading = QuestionAnswerer.from_model(taught(SAC)).read(np.zeros((2, 3), np.float32))
+    before = torch.get_rng_state()
+    reading.sampled(3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    kept: list[Any] = []
+
+    class Kept(Exception):
+        pass
+
+    def fork_rng(devices: Any, device_type: str = "cuda") -> Any:
+        kept.append((devices, device_type))
+        raise Kept
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(type(reading._policy), "device", torch.device("cuda", 1), raising=False)
+    with pytest.raises(Kept):
+        reading.sampled(3, seed=1)
+    assert kept == [([torch.device("cuda", 1)], "cuda")]
