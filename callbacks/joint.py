@@ -140,6 +140,8 @@ class QACallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint
+        if isinstance(self._recorder, Replay):
+            self._recorder.finish()
         stop_labelling(self._buffer)
         joint.store, joint.learnt = None, still_holds(self._buffer)
         self._recorder = None

@@ -84,6 +84,15 @@ class Replay(Recorder):
         if len(self._positions) >= self._horizon - 1 + self._block:
             self._label(len(self._positions) - self._horizon + 1)
 
+    def finish(self) -> None:
+        """Label what is left of a recording and has its future, however short it was."""
+        n_recorded = len(self._positions)
+        # Where a callback ended training, the last step recorded did not get into the buffer.
+        n_stored = n_recorded - int(n_recorded > 0 and self.buffer.pos == self._positions[-1])
+        n = min(n_recorded - self._horizon + 1, n_stored)
+        if n > 0:
+            self._label(n)
+
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
         policy = self.answerer.policy
         if policy.squash_output:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from sb3_contrib import QRDQN, TRPO, CrossQ
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
@@ -191,6 +192,18 @@ def test_trained_by_hand_on_what_was_learnt_from_and_on_nothing_newer(algorithm:
         train()
 
 
+def test_short_calls_of_learn_are_labelled_too() -> None:
+    """Labels come in blocks, and at the end of learn() for whatever has its future by then."""
+    model = taught(DQN)
+    for _ in range(4):
+        model.learn(40, callback=QACallback(), reset_num_timesteps=False)
+    known = (model.replay_buffer.qa_labels._known > 0).any(axis=1)
+    assert known.sum() == 4 * 2 * (
+        20 - 9 + 1
+    )  # of 20 steps of 2 environments each time, the longest question looks 9 ahead
+    assert int(model.policy.qa_head.n_updates) > 0
+
+
 def test_a_small_replay_buffer_is_labelled_in_smaller_blocks() -> None:
     model = make(DQN, "QAMlpPolicy", environment(DQN), dict(questions=SHORT[1:], net_arch=[8]), buffer_size=4)
     model.learn(40, callback=QACallback())
@@ -284,6 +297,53 @@ def test_compiled_in_parts_or_as_a_whole_it_learns_the_same(
         env = VecVetoAction(model.get_env(), "low[k=4]", 0.0, on_veto="policy", qa=qa)
         env.reset()
         env.step(np.zeros(2, np.int64))
+
+
+class Squared(BaseFeaturesExtractor):
+    """An extractor of a user's own."""
+
+    def __init__(self, observation_space: Any, factor: float = 1.0) -> None:
+        super().__init__(observation_space, 2 * observation_space.shape[0])
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return torch.cat([observations, self.factor * observations.square()], dim=1)
+
+
+OWN = dict(features_extractor_class=Squared, features_extractor_kwargs=dict(factor=0.5))
+COMBINED: list[tuple[Any, dict[str, Any], dict[str, Any], bool]] = [
+    # algorithm, the network, other arguments, whether observations are normalised
+    (PPO, dict(net_arch=[8], ortho_init=False, **OWN), dict(target_kl=1e-3, batch_size=12), True),
+    (A2C, dict(net_arch=[], log_std_init=-1.0), dict(use_rms_prop=False), True),
+    (TRPO, dict(net_arch=dict(pi=[8], vf=[])), dict(batch_size=12), False),
+    (DQN, dict(net_arch=[], optimizer_class=torch.optim.AdamW), dict(n_steps=3), True),
+    (QRDQN, dict(net_arch=[8], n_quantiles=5, **OWN), dict(gradient_steps=-1), False),
+    (SAC, dict(net_arch=[8], n_critics=1), dict(use_sde=True, sde_sample_freq=2, ent_coef=0.1), True),
+    (SAC, dict(net_arch=[8], **OWN), dict(n_steps=3, use_sde_at_warmup=True, use_sde=True), False),
+    (TQC, dict(net_arch=[], n_critics=3), dict(use_sde=True, top_quantiles_to_drop_per_net=1), False),
+    (TD3, dict(net_arch=dict(pi=[8], qf=[6]), n_critics=3), dict(policy_delay=2), True),
+    (CrossQ, dict(net_arch=[8], n_critics=1), dict(learning_rate=lambda left: 1e-3 * left), False),
+]
+
+
+@pytest.mark.parametrize("algorithm, net, given, normalised", COMBINED, ids=lambda each: getattr(each, "__name__", ""))
+def test_options_in_combination_leave_the_agent_alone_when_off_and_are_learnt_with_when_on(
+    algorithm: Any, net: dict[str, Any], given: dict[str, Any], normalised: bool
+) -> None:
+    models = []
+    for coef in (None, 0.0, 0.5):
+        env = environment(algorithm)
+        env = VecNormalize(env) if normalised else env
+        asked = {} if coef is None else dict(questions=QUESTIONS, qa_coef=coef)
+        model = make(algorithm, "MlpPolicy" if coef is None else "QAMlpPolicy", env, {**net, **asked}, **given)
+        for again in (True, False, True):  # a learn() that goes on, and one that begins anew
+            model.learn(64, reset_num_timesteps=again, callback=None if coef is None else QACallback())
+        models.append(model)
+    plain, off, on = (model.policy.state_dict() for model in models)
+    assert all(torch.equal(value, off[name]) for name, value in plain.items())
+    if net["net_arch"] == [8]:  # there is something between the observations and the readout
+        assert any(not torch.equal(value, on[name]) for name, value in plain.items())
+    assert int(on["qa_head.n_updates"]) > 0 == int(off["qa_head.n_updates"])
 
 
 def test_a_last_layer_put_in_by_hand_is_read() -> None:
