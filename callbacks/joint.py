@@ -14,14 +14,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
-from sb3_qa.buffers import label_rows, stop_labelling
+from sb3_qa.buffers import label_rows, still_holds, stop_labelling
 from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
-from sb3_qa.memory import RareEventMemory
 from sb3_qa.policies import QAPolicyMixin
 from sb3_qa.questions import Catalogue
-from sb3_qa.taps import CRITIC_ONLY, of_family
+from sb3_qa.rare_events import RareEventMemory
+from sb3_qa.taps import CRITIC_ONLY, of_family, plain
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
@@ -38,13 +38,14 @@ class QACallback(BaseCallback):
     question, ``qa/<name>/loss``, ``accuracy`` or ``error``, ``brier``, ``auroc`` and ``base_rate`` (of answers given
     before they were trained on), and catastrophe and veto rates, raw and shaped return where wrappers tell them.
 
-    Pass it to ``learn``, by itself or in a list of callbacks.
+    Pass it to ``learn``, by itself or in a list of callbacks. Should ``train()`` be called by hand afterwards, on what that
+    ``learn`` has collected, the agent learns alone; on anything newer it is refused.
 
     :param verbose: as in SB3
     :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
         environment answered to it, or the "executed"
     :param memory: of rare events, for an on-policy algorithm: keeps answering well about catastrophes that the agent has learnt
-        to avoid, see :class:`~sb3_qa.memory.RareEventMemory`
+        to avoid, see :class:`~sb3_qa.rare_events.RareEventMemory`
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class QACallback(BaseCallback):
 
     @property
     def _policy(self) -> QAPolicyMixin:
-        return cast(QAPolicyMixin, self.model.policy)
+        return cast(QAPolicyMixin, plain(self.model.policy))
 
     def _init_callback(self) -> None:
         if not hasattr(self.model.policy, "qa_head"):
@@ -102,6 +103,14 @@ class QACallback(BaseCallback):
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         joint.critic_only = of_family(CRITIC_ONLY, type(model))
+        self._policy.qa_join()  # parts may have been replaced, or an optimiser copied without its hooks
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.policy.modules()):
+            # What questions send into the trunk is measured by a backward pass of its own, after which the graph is needed.
+            from torch._functorch import config
+
+            config.donated_buffer = False
+        if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
+            object.__setattr__(model.policy, "parameters", self._policy.parameters)
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
@@ -119,6 +128,8 @@ class QACallback(BaseCallback):
         return buffer
 
     def _on_rollout_start(self) -> None:
+        if self._recorder is None:  # collect_rollouts() was called by hand, without learn()
+            self._on_training_start()
         if isinstance(self._recorder, Rollout):
             self._recorder.start()
 
@@ -146,11 +157,11 @@ class QACallback(BaseCallback):
                 self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
 
     def _on_training_end(self) -> None:
+        joint = self._policy.qa_joint
         if isinstance(self._recorder, Replay):
             self._recorder.finish()
         stop_labelling(self._buffer)
-        self._policy.qa_joint.store = None
-        self._policy.qa_joint.remember = None
+        joint.store, joint.remember, joint.learnt = None, None, still_holds(self._buffer)
         self._recorder = None
 
 

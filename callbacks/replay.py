@@ -26,7 +26,7 @@ __all__ = ["Replay"]
 
 Floats = NDArray[np.float32]
 
-BLOCK = 32  # steps whose labels are made at once
+BLOCK = 32  # steps whose labels are made at once, where the buffer keeps at least four times as many
 
 
 class _Block(LabelStore):
@@ -51,10 +51,12 @@ class Replay(Recorder):
         self.buffer = buffer
         self.executed = executed
         self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
-        if self._horizon + BLOCK > buffer.buffer_size:
+        self._block = max(1, min(BLOCK, buffer.buffer_size // 4))
+        least = self._horizon - 1 + self._block
+        if least > buffer.buffer_size:
             raise QAError(
                 f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
-                f"expected at least {self._horizon + BLOCK}, as labels wait for their future; give a larger buffer_size"
+                f"expected at least {least}, as labels wait for their future; give a larger buffer_size"
             )
         self.store = ReplayLabels(
             self.catalogue.targets,
@@ -96,7 +98,7 @@ class Replay(Recorder):
                 self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
-        if len(self._positions) >= self._horizon - 1 + BLOCK:
+        if len(self._positions) >= self._horizon - 1 + self._block:
             self._label(len(self._positions) - self._horizon + 1)
 
     def finish(self) -> None:

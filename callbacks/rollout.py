@@ -20,8 +20,8 @@ from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_ques
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
-from sb3_qa.memory import RareEventMemory, Remembered
 from sb3_qa.questions import Target
+from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 

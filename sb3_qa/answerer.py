@@ -20,6 +20,7 @@ from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead, decode
 from sb3_qa.questions import Catalogue, Instance, nearest
+from sb3_qa.taps import plain
 from sb3_qa.values import PointValues
 
 __all__ = ["QuestionAnswerer", "Reading"]
@@ -103,7 +104,8 @@ class Reading:
 
     def sampled(self, n: int, seed: int) -> NDArray[Any]:
         """``n`` actions of the policy for each observation, (n_obs, n, *action_shape); no shared random stream is used."""
-        with torch.random.fork_rng(devices=[]):
+        device = self._policy.device  # whose stream a seed sets too
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_streams_of(device)):
             torch.manual_seed(seed)
             actions = self._policy.qa_taps.sampled(self._policy, self._obs, self._latents, n)
         return self._for_environment(actions.reshape(len(self), n, *self._policy.action_space.shape))
@@ -143,7 +145,7 @@ class QuestionAnswerer:
     """
 
     def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
-        self.policy = policy
+        self.policy: Any = plain(policy)
         self.normalized = normalized
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):
@@ -321,6 +323,11 @@ class QuestionAnswerer:
         raise QAError(
             f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names"
         )
+
+
+def _streams_of(device: torch.device) -> str:
+    """The kind of device whose random stream is kept besides the CPU's."""
+    return "cuda" if device.type == "cpu" else device.type
 
 
 def observation_normalizer(env: Any) -> VecNormalize | None:

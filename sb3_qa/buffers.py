@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from sb3_qa.hindsight import VirtualGoals
 from sb3_qa.joint import JointTraining
 from sb3_qa.replay import ReplayLabels
 
-__all__ = ["as_seen", "flatten_rows", "label_rows", "stop_labelling"]
+__all__ = ["as_seen", "flatten_rows", "label_rows", "still_holds", "stop_labelling"]
 
 
 def label_rows(buffer: BaseBuffer, joint: JointTraining) -> None:
@@ -33,6 +35,17 @@ def stop_labelling(buffer: BaseBuffer) -> None:
     actions = getattr(buffer, "actions", None)
     if isinstance(actions, _Watched):
         buffer.actions = actions.view(np.ndarray)  # type: ignore[attr-defined]
+
+
+def still_holds(buffer: BaseBuffer) -> Callable[[], bool]:
+    """Return what tells whether a buffer still holds the transitions that it holds now."""
+    which, actions, filled = weakref.ref(buffer), weakref.ref(buffer.actions), (buffer.pos, buffer.full)  # type: ignore[attr-defined]
+
+    def unchanged() -> bool:
+        now: Any = which()
+        return now is not None and now.actions is actions() and (now.pos, now.full) == filled
+
+    return unchanged
 
 
 def _labelled_rollouts(base: type[RolloutBuffer], joint: JointTraining) -> type[RolloutBuffer]:

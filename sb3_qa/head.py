@@ -133,7 +133,7 @@ class QAHead(nn.Module):
         self.average: torch.Tensor
         self.n_updates: torch.Tensor
         self.register_buffer("average", self.flat.detach().clone())
-        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("n_updates", torch.zeros(()))  # a float, as all of a policy's state is; exact up to 2**24
         self._learning: tuple[int, Weights] | None = None  # views, and the place that they are of
         self._answering: tuple[int, _Answering] | None = None
         self._closed_form: ClosedForm | None = None
@@ -188,7 +188,7 @@ class QAHead(nn.Module):
         if self._followed != flat._version:  # written by hand, not by an optimiser
             average.copy_(flat.detach())
             self._followed = flat._version
-        key = average.data_ptr() if average.is_cpu else flat._version
+        key = average.data_ptr() if average.is_cpu else flat._version + average._version  # either may be loaded alone
         if self._answering is None or self._answering[0] != key:
             w, n = self.weights(average.cpu().numpy()), self.n_state
             layers = [(weight.T, bias) for weight, bias in w.layers]
@@ -301,7 +301,8 @@ def _share(n_updates: int) -> float:
 
 
 def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:
-    head._followed = head.flat._version
+    if not any(name.endswith("average") for name in incompatible_keys.missing_keys):  # else it starts from the weights
+        head._followed = head.flat._version
 
 
 def decode(instance: Instance, logits: Floats) -> Answer:

@@ -19,7 +19,7 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.labels import LabelStore
-from sb3_qa.memory import Remembered
+from sb3_qa.rare_events import Remembered
 
 __all__ = ["JointTraining", "attach", "question_losses"]
 
@@ -94,6 +94,8 @@ class JointTraining:
         self.trunk_gradient = trunk_gradient
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
+        self.learnt: Callable[[], bool] | None = None
+        """Whether the buffer still holds just what the last ``learn()`` had labels for, once that has ended."""
         self.max_grad_norm: float | None = None
         self.critic_only: str | None = None
         """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""

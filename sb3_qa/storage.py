@@ -52,7 +52,10 @@ _KNOWN: tuple[type, ...] = (
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
     policy = answerer.policy
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in policy.state_dict().items()}
+    state = {
+        name.replace("_orig_mod.", ""): tensor for name, tensor in policy.state_dict().items()
+    }  # of compiled parts
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     description: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

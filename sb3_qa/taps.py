@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 
 from sb3_qa.errors import QAError
 
-__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "of_family", "readout"]
+__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "of_family", "plain", "readout"]
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -94,6 +95,8 @@ class Taps:
         else:
             self._dense = (_Dense(),) if self._sequence else None
         self.seen: list[torch.Tensor | None] = [None] * len(family)
+        self.passing: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+        """What enters and leaves each readout, while a pass is recorded."""
         self._watched: list[torch.Tensor] = []
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
         latents = self._by_evaluation(policy)
@@ -105,7 +108,7 @@ class Taps:
 
     def __getstate__(self) -> dict[str, Any]:
         dense = None if self._dense is None else tuple(_Dense() for _ in self._dense)
-        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": [], "_dense": dense}
+        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": [], "passing": None, "_dense": dense}
 
     def _copy(self) -> Taps:
         taps = Taps.__new__(Taps)
@@ -152,9 +155,9 @@ class Taps:
         """Layers from the observations to each readout, of a policy of dense layers."""
         if self._sequence is None:
             extractor = policy.mlp_extractor
-            return [list(extractor.policy_net._modules.values()), list(extractor.value_net._modules.values())]
+            return [_layers_of(extractor.policy_net), _layers_of(extractor.value_net)]
         owner, name = self._sequence
-        layers = list(getattr(getattr(policy, owner), name)._modules.values())
+        layers = _layers_of(getattr(getattr(policy, owner), name))
         if self.names[0] == f"{owner}.{name}":  # the readout is the last linear layer of the same sequence
             layers = layers[: max(n for n, layer in enumerate(layers) if isinstance(layer, nn.Linear))]
         return [layers]
@@ -220,9 +223,9 @@ class Taps:
                 columns = [torch.as_tensor(actions[:, j], device=policy.device) for j in range(actions.shape[1])]
                 return np.stack([distribution.log_prob(column).cpu().numpy() for column in columns], axis=1)
             if isinstance(policy.action_space, spaces.Discrete):
-                with _recording_outputs(policy, self.names[0]) as seen:
+                with self._recording_pass() as seen:
                     policy._predict(_tensors(policy, obs), deterministic=True)
-                values = seen[0].reshape(len(seen[0]), -1, int(policy.action_space.n)).mean(dim=1).cpu().numpy()
+                values = seen[0][1].reshape(len(actions), -1, int(policy.action_space.n)).mean(dim=1).cpu().numpy()
                 return np.asarray(np.take_along_axis(values, actions, axis=1), np.float32)
             best = self.preferred(policy, obs, latents)
             return np.asarray(-np.square(actions - best[:, None]).reshape(*actions.shape[:2], -1).sum(-1), np.float32)
@@ -233,14 +236,27 @@ class Taps:
             self._watched = list(policy.parameters())
         return sum([parameter._version for parameter in self._watched]) ^ self._watched[0].data_ptr()
 
+    def watch_anew(self) -> None:
+        """Find the agent's weights anew, as some may be others now."""
+        self._watched = []
+
     def _by_passes(self, policy: Any, obs: Any) -> list[torch.Tensor]:
-        with _recording(policy, self.names) as seen:
+        with self._recording_pass() as seen:
             if self._actor_critic:
                 policy.get_distribution(obs)
                 policy.predict_values(obs)
             else:
                 policy._predict(obs, deterministic=True)
-        return [seen[name] for name in self.names]
+        return [seen[index][0] for index in range(len(self.names))]
+
+    @contextmanager
+    def _recording_pass(self) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """By the hooks that are there for good: a compiled network does not notice those put in later."""
+        seen = self.passing = {}
+        try:
+            yield seen
+        finally:
+            self.passing = None
 
     def _by_evaluation(self, policy: Any) -> list[torch.Tensor]:
         """Run the policy once, on a blank observation, to see what enters the readouts."""
@@ -279,8 +295,9 @@ def readout(policy: nn.Module, name: str) -> nn.Module:
         module = operator.attrgetter(name)(policy)
     except AttributeError:
         module = None
+    module = plain(module)
     if isinstance(module, nn.Sequential):
-        module = next((layer for layer in reversed(module) if isinstance(layer, nn.Linear)), None)
+        module = next((plain(layer) for layer in reversed(module) if isinstance(plain(layer), nn.Linear)), None)
     if not isinstance(module, nn.Module):
         known = [name for name, child in policy.named_modules() if name and isinstance(child, nn.Linear)]
         raise QAError(
@@ -288,6 +305,15 @@ def readout(policy: nn.Module, name: str) -> nn.Module:
             "name those in policy_kwargs=dict(qa_readouts=[...])"
         )
     return module
+
+
+def plain(module: Any) -> Any:
+    """The module that was compiled, where ``torch.compile`` has made this one."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _layers_of(sequence: nn.Module) -> list[nn.Module]:
+    return [plain(layer) for layer in plain(sequence)._modules.values()]
 
 
 def _readouts_of(policy: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -398,16 +424,6 @@ def _recording(policy: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, 
 
 
 @contextmanager
-def _recording_outputs(policy: nn.Module, name: str) -> Iterator[list[torch.Tensor]]:
-    seen: list[torch.Tensor] = []
-    handle = readout(policy, name).register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _evaluating(policy: Any) -> Iterator[None]:
     """Layers as they are for evaluation; afterwards each as it was, also where an algorithm has switched some by hand."""
     before = [module for module in policy.modules() if module.training] if policy.training else []
@@ -432,5 +448,6 @@ def _blank(space: spaces.Space[Any], device: torch.device) -> Any:
 
 
 def _blank_action(space: spaces.Space[Any], device: torch.device) -> torch.Tensor:
-    blank = torch.zeros((1, *(space.shape or ())), device=device)
+    """An action as a buffer holds it, flat; a whole number has no dimension of its own."""
+    blank = torch.zeros((1, math.prod(space.shape)) if space.shape else (1,), device=device)
     return blank.long() if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) else blank

@@ -14,6 +14,7 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from sb3_qa.errors import QAError
@@ -45,12 +46,25 @@ that it has arguments for are passed too (``lambda step, car: ...``). In an even
 
 @dataclass(frozen=True)
 class Truth:
-    """How the truth of a question becomes known: an operator over a fact, made by the functions of this module."""
+    """How the truth of a question becomes known: an operator over a fact, made by the functions of this module.
+
+    Two functions of the same code are the same fact, so that a question is equal to itself once it has been saved and loaded.
+    """
 
     operator: str
     fact: Fact
     horizon: int | str | None = None
     discount: float = 1.0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Truth):
+            return NotImplemented
+        rest = (self.operator, self.horizon, self.discount) == (other.operator, other.horizon, other.discount)
+        return rest and _same_fact(self.fact, other.fact)
+
+    def __hash__(self) -> int:
+        fact = self.fact
+        return hash((self.operator, self.horizon, self.discount, getattr(fact, "__code__", fact)))
 
     @property
     def is_event(self) -> bool:
@@ -140,6 +154,22 @@ def fields(text: str, what: str = "a question's text") -> list[str]:
                 f"{what} got {text!r} with {{{name}}}; expected the name of a slot in braces; name it, or double a literal brace"
             )
     return names
+
+
+def _same_fact(a: Fact, b: Fact) -> bool:
+    if not (isinstance(a, FunctionType) and isinstance(b, FunctionType)):
+        return bool(a == b)
+    if a is b:
+        return True
+    if a.__code__ != b.__code__ or (a.__module__, a.__qualname__) != (b.__module__, b.__qualname__):
+        return False
+    try:
+        kept = [
+            (f.__defaults__, f.__kwdefaults__, [cell.cell_contents for cell in f.__closure__ or ()]) for f in (a, b)
+        ]
+        return bool(kept[0] == kept[1])
+    except ValueError:  # a cell not filled yet, or arrays, which have no one truth value
+        return False
 
 
 def fact_slots(fact: Fact) -> list[str]:

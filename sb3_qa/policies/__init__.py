@@ -75,8 +75,10 @@ def _refuse(policy_class: type[BasePolicy]) -> None:
 def _make(policy_class: type[BasePolicy]) -> type[BasePolicy]:
     metaclass = _metaclass_of(type(policy_class))
     name = _free_name(f"QA{policy_class.__name__}")
-    # `vars(mixin)` is inherited; only the name has to be found in this module, for pickle and for people.
-    made = metaclass(name, (QAPolicyMixin, policy_class), {"__module__": __name__, "__doc__": policy_class.__doc__})
+    # `vars(mixin)` is inherited; only the qualified name has to be found in this module, for pickle and for people. Its plain
+    # name is that of its base, as algorithms ask for their policies by it: PPO recommends the CPU for an "ActorCriticPolicy".
+    namespace = {"__module__": __name__, "__qualname__": name, "__doc__": policy_class.__doc__}
+    made = metaclass(policy_class.__name__, (QAPolicyMixin, policy_class), namespace)
     setattr(sys.modules[__name__], name, made)
     return made
 

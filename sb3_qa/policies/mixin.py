@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import nn
 
 from sb3_qa.errors import QAError
@@ -57,6 +59,7 @@ class QAPolicyMixin:
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
         catalogue = Catalogue(questions)
+        _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
         self.qa_kwargs: dict[str, Any] = dict(
             questions=list(questions),
@@ -75,18 +78,34 @@ class QAPolicyMixin:
         )
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
-        self._qa_join_optimizer()
+        self.qa_join()
+
+    def qa_join(self) -> None:
+        """Tap the readouts and join the optimiser, where a new one of them has been put in; done again, it changes nothing."""
         for index, name in enumerate(self.qa_taps.names):
-            readout(self, name).register_forward_hook(partial(_tapped, self, index))  # type: ignore[arg-type]
+            module = readout(self, name)  # type: ignore[arg-type]
+            if not any(getattr(hook, "func", None) is _tapped for hook in module._forward_hooks.values()):
+                module.register_forward_hook(partial(_tapped, self, index))
+        self.qa_taps.watch_anew()
+        self._qa_join_optimizer()
 
     def _qa_join_optimizer(self) -> None:
         """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
         a few small tensors, and with an epsilon small enough for a mean over many questions.
         """
         # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
-        optimizer = getattr(self, "optimizer", None)
+        optimizer: Any = getattr(self, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = self.actor.optimizer  # type: ignore[attr-defined]
+        if not any(p is self.qa_head.flat for group in optimizer.param_groups for p in group["params"]):
+            optimizer.add_param_group(self._qa_group(optimizer))
+        if not getattr(optimizer, "qa_joined", False):
+            optimizer.register_step_pre_hook(partial(_refuse_untaught, self))
+            optimizer.register_step_post_hook(partial(_follow, self))
+            optimizer.register_load_state_dict_pre_hook(partial(_with_group_of_head, self))
+            optimizer.qa_joined = True  # a copy of an optimiser has neither hooks nor this
+
+    def _qa_group(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
         options = optimizer.defaults
         if (
@@ -99,9 +118,7 @@ class QAPolicyMixin:
             group["foreach"] = True
         if "eps" in optimizer.defaults:
             group["eps"] = min(optimizer.defaults["eps"], 1e-8)
-        optimizer.add_param_group(group)
-        optimizer.register_step_pre_hook(partial(_refuse_untaught, self))
-        optimizer.register_step_post_hook(partial(_follow, self))
+        return group
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
@@ -131,10 +148,13 @@ def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> I
                 yield from _parameters_of(child, seen)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a compiled network pauses here: labels are no part of its graph
 def _tapped(
     policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor | None:
     joint: JointTraining = policy.qa_joint
+    if policy.qa_taps.passing is not None:
+        policy.qa_taps.passing[index] = args[0], output
     if not (joint.waiting and torch.is_grad_enabled()):
         return None
     if joint.critic_only:
@@ -146,7 +166,8 @@ def _tapped(
 
 
 def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if policy.qa_joint.store is None:
+    joint: JointTraining = policy.qa_joint
+    if joint.store is None and not (joint.learnt is not None and joint.learnt()):
         raise QAError(
             "a policy with questions is being trained without a QACallback, so they would never be learnt; expected one in "
             "learn(); write model.learn(..., callback=QACallback()), beside other callbacks in a list, not inside one of them"
@@ -156,6 +177,30 @@ def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, k
 def _follow(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if policy.qa_head.flat.grad is not None:  # else there was nothing to learn in this step
         policy.qa_head.follow()
+
+
+def _with_group_of_head(policy: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Take in the state of an optimiser without the head, of a plain agent or of one that was put in by hand."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(saved) != len(own) - 1 or own[-1]["params"][0] is not policy.qa_head.flat:
+        return None
+    first = sum(len(group["params"]) for group in saved)
+    options = {key: value for key, value in own[-1].items() if key != "params"}
+    group = {**options, "params": list(range(first, first + len(own[-1]["params"])))}
+    return {**state, "param_groups": [*saved, group]}
+
+
+def _check_extractor(construct: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse observations of several parts where they would be read as one; SB3 does, of "MlpPolicy" and "CnnPolicy" by name."""
+    parameters = inspect.signature(construct).parameters
+    default = parameters["features_extractor_class"].default if "features_extractor_class" in parameters else None
+    extractor = kwargs.get("features_extractor_class", default)
+    space = kwargs.get("observation_space", args[0] if args else None)
+    if isinstance(space, spaces.Dict) and extractor in (FlattenExtractor, NatureCNN):
+        raise QAError(
+            f"a policy with {extractor.__name__} got the observation space {space}; expected a single Box, Discrete, MultiDiscrete or "
+            'MultiBinary; use the algorithm\'s MultiInputPolicy: qa_policy(algorithm, "MultiInputPolicy") or "QAMultiInputPolicy"'
+        )
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:

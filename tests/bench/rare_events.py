@@ -6,7 +6,7 @@ agent does; for "Will I fall within 10 steps?" it follows from the policy of the
 errors of the probability: over all cells and actions, over the cells from which one can fall, and over the cells as the agent
 visits them. One line of JSON for each run and checkpoint; runs that are there already are not repeated.
 
-    python tests/bench/memory.py            # runs what is missing, prints the table
+    python tests/bench/rare_events.py            # runs what is missing, prints the table
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_qa import Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
-from sb3_qa.memory import RareEventMemory
 from sb3_qa.policies import qa_policy
+from sb3_qa.rare_events import RareEventMemory
 from sb3_qa.truth import eventually
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_qa import QAError, Question
 from sb3_qa.callbacks import QACallback
-from sb3_qa.memory import RareEventMemory
+from sb3_qa.rare_events import RareEventMemory
 from sb3_qa.truth import eventually, now
 
 FALL = Question(
