@@ -185,6 +185,8 @@ class QuestionAnswerer:
     def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
         self.policy = policy
         self.normalized = normalized
+        self.recurrent: bool = policy.qa_taps.recurrent
+        """Whether the policy has an LSTM, so that answers are about what it has seen, not about observations alone."""
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):
             names = [str(n) for n in range(int(policy.action_space.n))]
@@ -241,12 +243,6 @@ class QuestionAnswerer:
     def questions(self) -> list[str]:
         """Keys of all instances, e.g. ``["crash[k=1]", "crash[k=5]", "speed"]``."""
         return list(self.catalogue.instances)
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether the policy has an LSTM, so that answers are about what it has seen, not about observations alone."""
-        recurrent: bool = self.policy.qa_taps.recurrent
-        return recurrent
 
     @property
     def version(self) -> int:

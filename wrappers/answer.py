@@ -55,7 +55,9 @@ class AnswerRule(Rule):
             there = self.qa.read(arrival.obs, arrival.memory)
             ended = arrival.done.nonzero()[0]
             if len(ended):
-                memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))  # nothing has begun anew there
+                memory = None
+                if here.memory is not None:  # of a recurrent policy: nothing has begun anew there
+                    memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))
                 there = there.with_states(ended, self.qa.read(arrival.last_obs(ended), memory, keep=False))
         return self.values.of_step(here, executed, there)
 

@@ -105,15 +105,24 @@ class Rule:
         assert self.qa is not None
         return self.qa.read(self.obs, self.memory)
 
-    def started(self, obs: Any) -> None:
-        """All environments have been reset, and the agent acts in ``obs`` next."""
-        self.obs = obs
-        self.memory = None if self.qa is None else self.qa.blank(obs)
-        self._stepped = False
+    def started(self, obs: Any, which: NDArray[np.bool_] | None = None) -> None:
+        """Environments have been reset, and the agent acts in ``obs`` next.
 
-    def remembered(self, done: NDArray[np.bool_]) -> Memory | None:
-        """What a recurrent policy remembers after ``self.obs``, where episodes have gone on."""
-        return None if self.memory is None else self.here.remembered(done)
+        :param which: (n,), those that have; None for all
+        """
+        self.obs = obs
+        if which is not None and self.memory is not None:
+            self.memory = Memory(self.memory.state, self.memory.starts | which)
+        elif which is None or which.all():
+            self.memory = None if self.qa is None else self.qa.blank(obs)
+            self._stepped = False
+
+    def remembered(self, begun: NDArray[np.bool_]) -> Memory | None:
+        """What a recurrent policy remembers after ``self.obs``, for where a step has brought the agent.
+
+        :param begun: (n,), which environments are in the first state of an episode there
+        """
+        return None if self.memory is None else self.here.remembered(begun)
 
     def moved(self, arrival: Arrival) -> None:
         """The agent acts next where a step has brought it."""
