@@ -66,7 +66,7 @@ class Reading:
 
         :param starts: (n,), which of those are the first of an episode
         """
-        return None if self._after is None else Memory(self._after.state, starts)
+        return None if self._after is None else Memory(self._after.state, np.array(starts, np.bool_))
 
     def part(self, index: NDArray[np.intp]) -> Reading:
         """The reading of some of the observations."""
