@@ -88,6 +88,11 @@ class QACallback(BaseCallback):
                     f"QACallback got a memory of rare events with {type(self.model).__name__}; expected an on-policy algorithm, as a "
                     "replay buffer remembers by itself; leave it out, or give a larger buffer_size"
                 )
+            if self._policy.qa_taps.recurrent:
+                raise QAError(
+                    "QACallback got a memory of rare events with a policy that has an LSTM; expected one without, as a transition says "
+                    "nothing without what came before it; leave it out"
+                )
             self.memory.check(self._policy.qa_head.catalogue)
 
     def _on_training_start(self) -> None:

@@ -13,6 +13,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
+from sb3_qa.memory import Memory
 from sb3_qa.questions import Instance
 
 __all__ = ["EpisodeLog", "room_until", "score_questions", "truths"]
@@ -66,6 +67,7 @@ def score_questions(
     obs: Any,
     actions: NDArray[Any],
     room: NDArray[np.int64],
+    memory: Memory | None = None,
 ) -> None:
     """Score answers about transitions that the agent has not been trained on yet.
 
@@ -75,8 +77,9 @@ def score_questions(
     :param obs: (n, ...) as the policy sees them
     :param actions: (n, *action_shape), as executed
     :param room: (n,) number of steps from each row to the cut its future runs into
+    :param memory: of a recurrent policy, what it remembered when it saw them
     """
-    reading = answerer.read(obs, keep=False)
+    reading = answerer.read(obs, memory, keep=False)
     catalogue = answerer.catalogue
     about_action = reading.action_logits(actions) if store.features is not None else None
     for question in catalogue.questions:

@@ -20,6 +20,7 @@ from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_ques
 from sb3_qa.facts import FactReader
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
+from sb3_qa.memory import Memory
 from sb3_qa.questions import Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.truth import Step
@@ -252,9 +253,11 @@ class Rollout(Recorder):
         n_rows = len(self.store)
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
         env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
-        obs = as_seen(self.model.observation_space, row(self.model.rollout_buffer.observations, (step, env)))
+        buffer = self.model.rollout_buffer
+        obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
+        memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None
         room = flatten_rows(room_until(self._cuts))[rows]
-        score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room)
+        score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory)
 
     def _continuations(self, cuts: Cuts) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
@@ -265,7 +268,18 @@ class Rollout(Recorder):
         rows: list[Any] = []
         for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
             rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
-        return self._curves(self.answerer.read(stack(rows), keep=False), targets)
+        memory = self._memory_after(cuts) if self.answerer.recurrent else None
+        return self._curves(self.answerer.read(stack(rows), memory, keep=False), targets)
+
+    def _memory_after(self, cuts: Cuts) -> Memory:
+        """What is remembered of each environment after the step that its future is cut at."""
+        model: Any = self.model
+        newest = Memory.given(model.policy, model.n_envs, model._last_lstm_states, None)
+        inside = np.minimum(cuts.step + 1, model.rollout_buffer.buffer_size - 1)
+        kept, last = Memory.of_buffer(model.rollout_buffer, inside, cuts.env).state, newest.part(cuts.env).state
+        at_end = (cuts.step + 1 == model.rollout_buffer.buffer_size)[:, None]
+        hidden, cell, hidden_vf, cell_vf = (np.where(at_end, b, a) for a, b in zip(kept, last, strict=True))
+        return Memory((hidden, cell, hidden_vf, cell_vf), np.zeros(len(cuts.step), np.bool_))
 
 
 def _normalize_inside(env: Any) -> VecNormalize | None:

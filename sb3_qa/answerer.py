@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
@@ -19,11 +20,14 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead, decode
+from sb3_qa.memory import Memory
 from sb3_qa.questions import Catalogue, Instance, nearest
 from sb3_qa.taps import plain
 from sb3_qa.values import PointValues
 
 __all__ = ["QuestionAnswerer", "Reading"]
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
@@ -33,28 +37,64 @@ class Reading:
 
     :param answerer: who reads
     :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
+    :param memory: of a recurrent policy, what it remembers when it sees them; None of others
+    :raises QAError: for a recurrent policy without a memory
     """
 
-    def __init__(self, answerer: QuestionAnswerer, obs: Any) -> None:
+    def __init__(self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None) -> None:
         self._policy = answerer.policy
         self._head: QAHead = self._policy.qa_head
         self._obs = obs
-        self._latents = self._policy.qa_taps.read(self._policy, obs)
+        self.memory = memory
+        self._after: Memory | None = None
+        if answerer.recurrent:
+            if memory is None:
+                raise QAError(
+                    f"{type(self._policy).__name__} has an LSTM and was given observations alone; expected what it remembers with them; "
+                    "pass memory=, as Memory.blank(policy, n) is at the start of episodes"
+                )
+            self._latents, self._after = self._policy.qa_taps.recall(self._policy, obs, memory)
+        else:
+            self._latents = self._policy.qa_taps.read(self._policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
         self._state_logits: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def remembered(self, starts: NDArray[np.bool_]) -> Memory | None:
+        """The memory that the next observations are read with; None of a policy that has none.
+
+        :param starts: (n,), which of those are the first of an episode
+        """
+        return None if self._after is None else Memory(self._after.state, np.array(starts, np.bool_))
+
     def part(self, index: NDArray[np.intp]) -> Reading:
         """The reading of some of the observations."""
         part = copy.copy(self)
+        if self._after is not None and self.memory is not None:
+            part.memory, part._after = self.memory.part(index), self._after.part(index)
         obs = self._obs
-        part._obs = {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
+        if obs is not None:
+            part._obs = {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
         part._latents = [latent[index] for latent in self._latents]
         part.hidden = self.hidden[index]
         part._state_logits = None
         return part
+
+    @staticmethod
+    def joined(readings: Sequence[Reading]) -> Reading:
+        """One reading of all that recurrent readings are of, without what is remembered after them."""
+        joined = readings[0].bare()
+        joined._latents = [np.concatenate(each) for each in zip(*(part._latents for part in readings), strict=True)]
+        joined.hidden = np.concatenate([part.hidden for part in readings])
+        return joined
+
+    def bare(self) -> Reading:
+        """This reading of a recurrent policy, without the observations and the memory, which are large."""
+        bare = copy.copy(self)
+        bare._obs = bare.memory = bare._after = bare._state_logits = None
+        return bare
 
     def with_states(self, index: NDArray[np.intp], other: Reading) -> Reading:
         """This reading, for questions about states, with other states at ``index``."""
@@ -147,6 +187,8 @@ class QuestionAnswerer:
     def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
         self.policy: Any = plain(policy)
         self.normalized = normalized
+        self.recurrent: bool = policy.qa_taps.recurrent
+        """Whether the policy has an LSTM, so that answers are about what it has seen, not about observations alone."""
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):
             names = [str(n) for n in range(int(policy.action_space.n))]
@@ -158,6 +200,7 @@ class QuestionAnswerer:
                 (re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance)
             )
         self._last: tuple[Any, int, Reading] | None = None
+        self._warned = False
 
     @classmethod
     def from_model(cls, model: BaseAlgorithm) -> QuestionAnswerer:
@@ -209,15 +252,24 @@ class QuestionAnswerer:
         version: int = self.policy.qa_taps.version(self.policy) + self.policy.qa_head.version
         return version
 
-    def ask(self, question: str, obs: Any, action: Any = None) -> Answer:
+    def ask(
+        self, question: str, obs: Any, action: Any = None, *, state: Any = None, episode_start: Any = None
+    ) -> Answer:
         """Answer one question about each observation.
+
+        A recurrent policy answers from what it remembers too: ``state`` and ``episode_start`` are those of ``predict()``.
+        Without a state it answers as at the start of an episode, as ``predict()`` acts, and logs a warning, once. The wrappers
+        keep the state by themselves. Of other policies both are passed over.
 
         :param question: an instance's key, ``"crash[k=5]"``, or its text, with or without an action filled in
         :param obs: observations as the policy sees them, (n_envs, ...), or a single one (answers have no first dimension then)
         :param action: for a question about an action, the action of each observation: (n_envs, *action_shape), one for
             all, or a name; without, every action of a discrete space is asked about
+        :param state: of a recurrent policy, its state before it sees ``obs``, as :meth:`remember` returns it and as
+            RecurrentPPO keeps it; ``predict()`` returns as much only where the critic has no LSTM of its own
+        :param episode_start: (n_envs,), which observations are the first of an episode: their state counts for nothing
         :return: of shape (n_envs,), or (n_envs, n_actions) where every action was asked about
-        :raises QAError: for an unknown question or action, or observations of another shape
+        :raises QAError: for an unknown question or action, or observations or a state of another shape
         """
         instance, named = self._understand(question)
         if named is not None and action is not None:
@@ -225,21 +277,61 @@ class QuestionAnswerer:
                 f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one"
             )
         batch, batched = self._batch(obs)
-        reading = Reading(self, batch)
+        reading = Reading(self, batch, self._memory(batch, state, episode_start))
         actions = self._actions(instance, named if named is not None else action, len(reading))
         logits = reading.logits(instance, actions)
         return decode(instance, logits if batched else logits[0])
 
-    def read(self, obs: Any, *, keep: bool = True) -> Reading:
+    def remember(self, obs: Any, state: Any = None, episode_start: Any = None) -> Any:
+        """The state of a recurrent policy after it has seen ``obs``, for the next :meth:`ask`; None of other policies.
+
+        Each observation of an episode is given to it once, in order, as to ``predict()``:
+
+        >>> state = qa.remember(obs, state, episode_start)  # doctest: +SKIP
+
+        :param obs: observations as the policy sees them, (n_envs, ...), or a single one
+        :param state: before, see :meth:`ask`; None at the start of an episode
+        :param episode_start: (n_envs,), which observations are the first of an episode
+        :return: ``((hidden, cell), (hidden, cell))`` of actor and critic, each (n_layers, n_envs, size)
+        :raises QAError: for observations or a state of another shape
+        """
+        if not self.recurrent:
+            return None
+        batch = self._batch(obs)[0]
+        memory = Memory.given(self.policy, _length(batch), state, episode_start)
+        hidden, cell, hidden_vf, cell_vf = self.policy.qa_taps.recall(self.policy, batch, memory)[1].state
+        return (hidden, cell), (hidden_vf, cell_vf)
+
+    def blank(self, obs: Any) -> Memory | None:
+        """The memory that a batch of first observations of episodes is read with; None of a policy that has none."""
+        return Memory.blank(self.policy, _length(obs)) if self.recurrent else None
+
+    def _memory(self, obs: Any, state: Any, episode_start: Any) -> Memory | None:
+        """What to read a batch of observations with that people ask about."""
+        if not self.recurrent:
+            return None
+        memory = Memory.given(self.policy, _length(obs), state, episode_start)
+        if state is None and not memory.starts.all() and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s has an LSTM and was asked about observations without state=: it answers as if each were the first of an "
+                "episode. Pass state= as qa.remember() returns it, or episode_start=True where they are.",
+                type(self.policy).__name__,
+            )
+        return memory
+
+    def read(self, obs: Any, memory: Memory | None = None, *, keep: bool = True) -> Reading:
         """Read a batch of observations (n, ...) for many questions.
 
+        :param memory: of a recurrent policy, what it remembers when it sees them
         :param keep: keep the reading, for whoever asks about the same observations next
         """
         version = self.version
         contents = _contents(obs)
-        if self._last is not None and self._last[1] == version and self._last[0] == contents:
-            return self._last[2]
-        reading = Reading(self, self._batch(obs)[0])
+        last = self._last
+        if last is not None and last[1] == version and last[0] == contents and last[2].memory == memory:
+            return last[2]
+        reading = Reading(self, self._batch(obs)[0], memory)
         if keep:
             self._last = (contents, version, reading)
         return reading
@@ -337,6 +429,10 @@ def observation_normalizer(env: Any) -> VecNormalize | None:
             return env
         env = env.venv
     return None
+
+
+def _length(obs: Any) -> int:
+    return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
 def _contents(obs: Any) -> Any:

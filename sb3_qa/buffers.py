@@ -58,7 +58,11 @@ def _labelled_rollouts(base: type[RolloutBuffer], joint: JointTraining) -> type[
 
         def _get_samples(self, batch_inds: NDArray[np.intp], *args: Any, **kwargs: Any) -> Any:
             samples = super()._get_samples(batch_inds, *args, **kwargs)
-            joint.hand_out(batch_inds, samples.observations)
+            if hasattr(self, "pad_and_flatten"):  # of a recurrent policy: sequences, made equally long
+                padded = self.pad_and_flatten(batch_inds + 1).cpu().numpy()
+                joint.hand_out(padded[padded > 0] - 1, samples.observations, padded > 0)
+            else:
+                joint.hand_out(batch_inds, samples.observations)
             return samples
 
     return Labelled

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.callbacks.log import truths
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader
 from sb3_qa.head import decode
 from sb3_qa.labels import EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
+from sb3_qa.memory import Memory
 from sb3_qa.questions import nearest
 from sb3_qa.scores import (
     Interval,
@@ -179,13 +180,17 @@ class AnswerRecord:
         self.reader = FactReader(qa.catalogue)
         self._state: NDArray[np.float32] = np.zeros((0, 0), np.float32)
         self._rows: list[tuple[Any, ...]] = []
+        self._memory: Memory | None = None
 
     def begin(self, index: NDArray[np.intp], steps: Sequence[Step], n_envs: int) -> None:
         """Take in the first states of episodes, in the environments at ``index``."""
         facts = self.reader.read([step.info for step in steps], steps)
         if len(self._state) != n_envs:
             self._state = np.full((n_envs, facts.shape[1]), np.nan, np.float32)
+            self._memory = Memory.blank(self.qa.policy, n_envs) if self.qa.recurrent else None
         self._state[index] = facts
+        if self._memory is not None:
+            self._memory.starts[index] = True
 
     def step(self, obs: Any, steps: Sequence[Step], episode: NDArray[np.intp], elapsed: NDArray[np.intp]) -> None:
         """Take in a step of all environments.
@@ -198,6 +203,10 @@ class AnswerRecord:
         counted = np.flatnonzero(episode >= 0)
         ends = np.array([(step.terminated, step.truncated) for step in steps], np.bool_)[counted]
         seen = {key: value[counted] for key, value in obs.items()} if isinstance(obs, dict) else obs[counted]
+        if self._memory is not None:  # what is remembered is too much to keep: read now
+            reading = self.qa.read(obs, self._memory, keep=False)
+            self._memory = reading.remembered(np.array([step.terminated or step.truncated for step in steps]))
+            seen = reading.bare().part(counted)
         actions = np.stack([np.asarray(step.action) for step in steps])[counted]
         self._rows.append(
             (episode[counted], elapsed[counted], seen, actions, self._state[counted], facts[counted], ends)
@@ -214,14 +223,11 @@ class AnswerRecord:
             raise QAError("the AnswerRecord is empty; expected episodes in it; pass it to run_episodes(record=...)")
         parts = list(zip(*self._rows, strict=True))
         episode, elapsed, actions, state_facts, facts, ends = (np.concatenate(parts[n]) for n in (0, 1, 3, 4, 5, 6))
-        keys = parts[2][0].keys() if isinstance(parts[2][0], dict) else None
-        obs = np.concatenate(parts[2]) if keys is None else {k: np.concatenate([p[k] for p in parts[2]]) for k in keys}
         self.reader.check_seen({})
         chosen = np.unique(np.linspace(0, len(episode) - 1, min(len(episode), MOST_SCORED)).astype(np.intp))
         store, rows, room = self._label(episode, elapsed, state_facts, facts, ends)
         rows, room = rows[chosen], room[chosen]
-        part = {k: v[chosen] for k, v in obs.items()} if isinstance(obs, dict) else obs[chosen]
-        reading = self.qa.read(part, keep=False)
+        reading = self._reading(parts[2], chosen)
         catalogue = self.qa.catalogue
         about_action = catalogue.n_state_logits < catalogue.n_logits
         action_logits = reading.action_logits(actions[chosen]) if about_action else None
@@ -234,6 +240,13 @@ class AnswerRecord:
             truth = np.where(room < (instance.horizon or 0), np.float32(np.nan), truth)
             known = ~np.isnan(truth)
             yield key, decode(instance, logits[known, start : start + target.width]), truth[known]
+
+    def _reading(self, seen: Sequence[Any], chosen: NDArray[np.intp]) -> Reading:
+        if isinstance(seen[0], Reading):
+            return Reading.joined(seen).part(chosen)
+        if isinstance(seen[0], dict):
+            return self.qa.read({k: np.concatenate([part[k] for part in seen])[chosen] for k in seen[0]}, keep=False)
+        return self.qa.read(np.concatenate(seen)[chosen], keep=False)
 
     def _label(
         self, episode: NDArray[np.intp], elapsed: NDArray[np.intp], state_facts: Any, facts: Any, ends: Bools

@@ -106,6 +106,7 @@ class JointTraining:
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
+        self._real: NDArray[np.bool_] | None = None
         self._amplification = 0.0  # norm in the agent's parameters / norm at the latents, as last measured
         self._measured_norm = 0.0
 
@@ -115,10 +116,14 @@ class JointTraining:
     def __reduce__(self) -> tuple[Any, ...]:
         return JointTraining, (self.coef, self.trunk_gradient)
 
-    def hand_out(self, rows: NDArray[np.intp], observations: Any = None) -> None:
-        """The buffer has just handed out these rows; the next pass with gradients is about them."""
+    def hand_out(self, rows: NDArray[np.intp], observations: Any = None, real: NDArray[np.bool_] | None = None) -> None:
+        """The buffer has just handed out these rows; the next pass with gradients is about them.
+
+        :param real: which places of the batch hold them, in order, where the others are padding
+        """
         if self.store is not None and self.coef:
             self._pending = rows
+            self._real = real
             self.observations = observations if self.critic_only else None
 
     @property
@@ -141,20 +146,26 @@ class JointTraining:
         """
         rows, self._pending = self._pending, None
         assert rows is not None and self.store is not None
-        if len(rows) != len(output):
+        real = self._real
+        n = len(rows) if real is None else len(real)
+        if n != len(output):
             raise QAError(
-                f"the buffer handed out {len(rows)} transitions but the network was run on {len(output)}; expected the "
+                f"the buffer handed out {n} transitions but the network was run on {len(output)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
         y, weight, features = self.store.batch(rows)
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
-        d_latents, d_flat = head.gradients(latents, features, y, weight)
+        place = None if real is None else torch.as_tensor(real.nonzero()[0], device=output.device)
+        read = latents if place is None else [latent.detach()[place] for latent in latents]
+        d_latents, d_flat = head.gradients(read, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
-            self.losses.append(self._losses(latents, head, features, y, weight / np.float32(self.coef * mean)))
+            self.losses.append(self._losses(read, head, features, y, weight / np.float32(self.coef * mean)))
         if self.remember is not None and (more := self.remember(len(rows))) is not None:
             past, (_, features, y, weight) = more
             d_flat += head.gradients(past, features, y, weight * np.float32(self.coef * mean))[1]
+        if place is not None:
+            d_latents = [x.new_zeros(n, x.shape[1]).index_copy_(0, place, x) for x in d_latents]
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)

@@ -19,6 +19,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_qa.errors import QAError
+from sb3_qa.memory import Memory, is_recurrent
 
 __all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "of_family", "plain", "readout"]
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 READOUTS: dict[str, tuple[str, ...]] = {
     "ActorCriticPolicy": ("action_net", "value_net"),  # PPO, A2C, TRPO
     "MaskableActorCriticPolicy": ("action_net", "value_net"),
+    "RecurrentActorCriticPolicy": ("action_net", "value_net"),
     "DQNPolicy": ("q_net.q_net",),
     "QRDQNPolicy": ("quantile_net.quantile_net",),
     "SACPolicy": ("actor.mu",),
@@ -51,8 +53,6 @@ CRITIC_ONLY = {"TRPO": "value_net"}
 """Algorithms whose actor takes steps that no loss can be added to, with the readout that the questions are joined at."""
 
 REFUSED = {
-    "RecurrentActorCriticPolicy": "answers would need the state of its LSTM, which observations do not hold; use PPO, with "
-    "VecFrameStack for a memory",
     "ARSPolicy": "ARS moves its weights at random, and there is no gradient that questions could be learnt by; use PPO or SAC",
 }
 """Families that cannot be taught, and what to do instead."""
@@ -88,7 +88,10 @@ class Taps:
         family = _readouts_of(policy, names)
         self.names = family
         self._actor_critic = hasattr(policy, "evaluate_actions")
-        self._direct = self._actor_critic and all(_is_stock(type(policy), name) for name in _PASSES)
+        self.recurrent = is_recurrent(policy)
+        self._direct = (
+            self._actor_critic and not self.recurrent and all(_is_stock(type(policy), name) for name in _PASSES)
+        )
         self._sequence = _plain_sequence(policy) if names is None else None
         if self._direct and _is_plain_mlp(policy):
             self._dense: tuple[_Dense, ...] | None = (_Dense(), _Dense())
@@ -100,7 +103,7 @@ class Taps:
         self._watched: list[torch.Tensor] = []
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
         latents = self._by_evaluation(policy)
-        self.keep = [n for n, x in enumerate(latents) if all(x is not other for other in latents[:n])]
+        self.keep = [n for n, x in enumerate(latents) if not any(_is_same(x, other) for other in latents[:n])]
         self.latent_dim = sum(latents[n].shape[-1] for n in self.keep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
@@ -151,6 +154,23 @@ class Taps:
         with torch.no_grad(), _evaluating(policy):
             return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
 
+    def recall(self, policy: Any, obs: Any, memory: Memory) -> tuple[list[Floats], Memory]:
+        """As :meth:`read`, of a recurrent policy with its memory; and the memory that these observations are part of.
+
+        The policy's own pass is run, so that latents and states are those that it acts with.
+        """
+        with torch.no_grad(), _evaluating(policy):
+            latents, states = self._by_forward(policy, _tensors(policy, obs), memory)
+        hidden, cell, hidden_vf, cell_vf = (part.cpu().numpy() for pair in states for part in pair)
+        after = Memory((hidden, cell, hidden_vf, cell_vf), np.zeros(len(memory.starts), np.bool_))
+        return [latent.cpu().numpy() for latent in latents], after
+
+    def _by_forward(self, policy: Any, obs: Any, memory: Memory) -> tuple[list[torch.Tensor], Any]:
+        states, starts = memory.tensors(policy.device)
+        with _recording(policy, self.names) as seen:
+            states = policy.forward(obs, states, starts, deterministic=True)[-1]
+        return self._all_of(seen, policy, "forward"), states
+
     def _layers(self, policy: Any) -> list[list[nn.Module]]:
         """Layers from the observations to each readout, of a policy of dense layers."""
         if self._sequence is None:
@@ -174,7 +194,7 @@ class Taps:
 
     def distribution(self, policy: Any, obs: Any, latents: list[Floats]) -> Any:
         """The policy's distribution over actions, from latents that were read of these observations."""
-        if self._direct:
+        if self._direct or self.recurrent:  # which cannot be asked again without its memory
             return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
         return policy.get_distribution(_tensors(policy, obs))
 
@@ -268,10 +288,15 @@ class Taps:
             _evaluating(policy),
             _recording(policy, self.names) as seen,
         ):
+            if self.recurrent:
+                return self._by_forward(policy, obs, Memory.blank(policy, 1))[0]
             if self._actor_critic:
                 policy.evaluate_actions(obs, _blank_action(policy.action_space, policy.device))
             else:
                 policy._predict(obs, deterministic=True)
+        return self._all_of(seen, policy, called)
+
+    def _all_of(self, seen: dict[str, torch.Tensor], policy: Any, called: str) -> list[torch.Tensor]:
         unread = [name for name in self.names if name not in seen]
         if unread:
             raise QAError(
@@ -279,6 +304,11 @@ class Taps:
                 "which is where the question loss joins; call it as a module"
             )
         return [seen[name] for name in self.names]
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether they are one tensor, or one is the other detached (where critic and actor share an LSTM)."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def of_family(table: Mapping[str, T], cls: type) -> T | None:

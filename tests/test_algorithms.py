@@ -26,7 +26,7 @@ from sb3_qa.policies import qa_policy
 from sb3_qa.truth import after, eventually, now, total
 from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
 
-ON_POLICY = [PPO, A2C, TRPO, MaskablePPO]
+ON_POLICY = [PPO, A2C, TRPO, MaskablePPO, RecurrentPPO]
 # The batches of 12 that 32 transitions are split into leave a smaller one, which SB3 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
 
@@ -96,8 +96,9 @@ def make(algorithm: type, policy: Any, env: Any, net: dict[str, Any], **kwargs: 
     return algorithm(policy, env, seed=0, policy_kwargs=dict(net), **{**given, **kwargs})
 
 
-def alias(seen: str) -> str:
-    return {"vector": "MlpPolicy", "image": "CnnPolicy", "dict": "MultiInputPolicy"}[seen]
+def alias(algorithm: type, seen: str) -> str:
+    name = {"vector": "Mlp", "image": "Cnn", "dict": "MultiInput"}[seen]
+    return f"{name}LstmPolicy" if algorithm is RecurrentPPO else f"{name}Policy"
 
 
 def network(algorithm: type, seen: str, shared: bool) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def network(algorithm: type, seen: str, shared: bool) -> dict[str, Any]:
         net["features_extractor_kwargs"] = dict(features_dim=16)
     if seen == "dict":
         net["features_extractor_kwargs"] = dict(cnn_output_dim=16)
+    if algorithm is RecurrentPPO:
+        net["lstm_hidden_size"] = 16
     if algorithm not in VALUE_BASED:
         net["share_features_extractor"] = shared
     return net
@@ -117,7 +120,7 @@ def taught(
     net = network(algorithm, seen, True) if net is None else net
     return make(
         algorithm,
-        f"QA{alias(seen)}",
+        f"QA{alias(algorithm, seen)}",
         environment(algorithm, seen),
         {**net, "questions": QUESTIONS, "qa_coef": coef},
         **kwargs,
@@ -132,11 +135,11 @@ def test_learns_and_answers_and_leaves_the_agent_alone_when_off(
 ) -> None:
     if algorithm in VALUE_BASED and not shared:
         pytest.skip("has one extractor")
-    if alias(seen) not in algorithm.policy_aliases:  # type: ignore[attr-defined]
+    if alias(algorithm, seen) not in algorithm.policy_aliases:  # type: ignore[attr-defined]
         pytest.skip("has no such policy")
     torch.set_num_threads(1)
     net = network(algorithm, seen, shared)
-    plain = make(algorithm, alias(seen), environment(algorithm, seen), net).learn(160)
+    plain = make(algorithm, alias(algorithm, seen), environment(algorithm, seen), net).learn(160)
     off = taught(algorithm, seen, net, coef=0.0)
     head = off.policy.qa_head.flat.detach().clone()
     off.learn(160, callback=QACallback())
@@ -280,16 +283,15 @@ def test_networks_of_sac(net: dict[str, Any]) -> None:
     assert not torch.equal(model.policy.qa_head.flat, before)
 
 
-def test_agents_without_a_gradient_or_with_a_memory_are_refused() -> None:
-    for algorithm, why in ((ARS, "no gradient"), (RecurrentPPO, "LSTM")):
-        with pytest.raises(QAError, match=why):
-            qa_policy(algorithm)
+def test_agents_without_a_gradient_are_refused() -> None:
+    with pytest.raises(QAError, match="no gradient"):
+        qa_policy(ARS)
 
 
 def test_policies_are_known_by_name_once_the_package_is_imported() -> None:
     program = (
-        "import sb3_qa; from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3; from sb3_contrib import CrossQ, TRPO;"
-        "assert all('QA' + n in a.policy_aliases for a in (A2C, DDPG, DQN, PPO, SAC, TD3, CrossQ, TRPO)"
+        "import sb3_qa; from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3; from sb3_contrib import CrossQ, RecurrentPPO, TRPO;"
+        "assert all('QA' + n in a.policy_aliases for a in (A2C, DDPG, DQN, PPO, SAC, TD3, CrossQ, RecurrentPPO, TRPO)"
         " for n in a.policy_aliases if not n.startswith('QA'))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

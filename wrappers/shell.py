@@ -6,6 +6,7 @@ A *rule* holds all that a wrapper decides. A *shell* fits it to an interface: :c
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -21,8 +22,11 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecE
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
+from sb3_qa.memory import Memory
 
 __all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
+
+log = logging.getLogger(__name__)
 
 QA = QuestionAnswerer | str | PathLike[str] | None
 Info = dict[str, Any]
@@ -38,9 +42,12 @@ class Arrival:
         done: NDArray[np.bool_],
         terminated: NDArray[np.bool_],
         infos: list[Info],
+        memory: Memory | None = None,
     ) -> None:
         self.obs = obs
         """Where the agent acts next: the first state of a new episode, if the environment has reset itself."""
+        self.memory = memory
+        """What a recurrent policy remembers when it sees that."""
         self.rewards = rewards
         self.done = done
         self.terminated = terminated
@@ -69,7 +76,10 @@ class Rule:
         self.unbound = unbound
         self.qa: QuestionAnswerer | None = None
         self.obs: Any = None
+        self.memory: Memory | None = None
+        """What a recurrent policy remembers of each environment when it sees ``obs``; None of other policies."""
         self.own = qa is not None
+        self._stepped = False  # whether there have been steps since the last reset of all environments
 
     def seed(self, seed: int) -> None:
         """Begin again whatever is drawn at random. May be extended."""
@@ -93,12 +103,48 @@ class Rule:
     def here(self) -> Reading:
         """The reading of ``self.obs``."""
         assert self.qa is not None
-        return self.qa.read(self.obs)
+        return self.qa.read(self.obs, self.memory)
+
+    def started(self, obs: Any, which: NDArray[np.bool_] | None = None) -> None:
+        """Environments have been reset, and the agent acts in ``obs`` next.
+
+        :param which: (n,), those that have; None for all
+        """
+        self.obs = obs
+        if which is not None and self.memory is not None:
+            self.memory = Memory(self.memory.state, self.memory.starts | which)
+        elif which is None or which.all():
+            self.memory = None if self.qa is None else self.qa.blank(obs)
+            self._stepped = False
+
+    def remembered(self, begun: NDArray[np.bool_]) -> Memory | None:
+        """What a recurrent policy remembers after ``self.obs``, for where a step has brought the agent.
+
+        :param begun: (n,), which environments are in the first state of an episode there
+        """
+        return None if self.memory is None else self.here.remembered(begun)
+
+    def moved(self, arrival: Arrival) -> None:
+        """The agent acts next where a step has brought it."""
+        self.obs, self.memory, self._stepped = arrival.obs, arrival.memory, True
+
+    def passed(self, obs: Any) -> None:
+        """The same, where nobody answers."""
+        self.obs, self._stepped = obs, True
 
     def bind(self, qa: QuestionAnswerer) -> None:
-        """Let ``qa`` answer from now on."""
+        """Let ``qa`` answer from now on. A recurrent policy remembers what it was shown; a new one begins with nothing."""
         self.on_bind(qa)
+        same = self.qa is not None and self.qa.policy is qa.policy
         self.qa = qa
+        if not same and self.obs is not None:
+            self.memory = qa.blank(self.obs)
+            if self.memory is not None and self._stepped:
+                log.warning(
+                    "%s was bound in the middle of episodes, whose beginnings the LSTM of its answerer has not seen: until they end it "
+                    "answers as if they had begun now. Bind it before the first step, or reset the environment.",
+                    self.name,
+                )
 
     def ready(self) -> bool:
         """Whether there is an answerer; an error at once where one is needed."""
@@ -174,7 +220,7 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         if seed is not None:
             self.rule.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)
-        self.rule.obs = _batch(obs)
+        self.rule.started(_batch(obs))
         self._first_info = info = dict(info)
         if self.rule.qa is not None:
             self._begin()
@@ -185,14 +231,16 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         self._first_info = None
         if not rule.ready():
             obs, *rest = self.env.step(action)
-            rule.obs = _batch(obs)
+            rule.passed(_batch(obs))
             return obs, *rest
         chosen = rule.act(np.asarray(action)[None])
         obs, reward, terminated, truncated, info = self.env.step(_like(action, chosen[0]))
         done = np.array([terminated or truncated])
-        arrival = Arrival(_batch(obs), np.array([reward], np.float64), done, np.array([terminated]), [dict(info)])
+        rewards: NDArray[Any] = np.array([reward], np.float64)
+        memory = rule.remembered(done)
+        arrival = Arrival(_batch(obs), rewards, done, np.array([terminated]), [dict(info)], memory)
         rule.arrive(chosen, arrival)
-        rule.obs = arrival.obs
+        rule.moved(arrival)
         return obs, float(arrival.rewards[0]), terminated, truncated, arrival.infos[0]
 
     def _begin(self) -> None:
@@ -239,7 +287,7 @@ class VecQAWrapper(VecEnvWrapper):
 
     def reset(self) -> Any:
         obs = self.venv.reset()
-        self.rule.obs = obs
+        self.rule.started(obs)
         self._first[:] = True
         self._begin(np.arange(self.num_envs))
         return obs
@@ -253,15 +301,15 @@ class VecQAWrapper(VecEnvWrapper):
         ended = dones.nonzero()[0]
         self._first[:] = dones
         if self.rule.qa is None:
-            self.rule.obs = obs
+            self.rule.passed(obs)
             self._begin(ended)
             return obs, rewards, dones, infos
         terminated = np.array(dones)
         for i in ended.tolist():
             terminated[i] = not infos[i].get("TimeLimit.truncated", False)
-        arrival = Arrival(obs, rewards, dones, terminated, infos)
+        arrival = Arrival(obs, rewards, dones, terminated, infos, self.rule.remembered(dones))
         self.rule.arrive(self._actions, arrival)
-        self.rule.obs = obs
+        self.rule.moved(arrival)
         self._begin(ended)
         return obs, arrival.rewards, dones, arrival.infos
 

@@ -42,13 +42,16 @@ def qa_policy(
     arguments (see :class:`~sb3_qa.policies.mixin.QAPolicyMixin`) beside everything its base takes.
 
     :param algorithm_or_policy_class: an SB3 algorithm, e.g. ``PPO``, or a policy class, e.g. one of your own
-    :param base: for an algorithm, which of its policies: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"
+    :param base: for an algorithm, which of its policies: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; of RecurrentPPO they
+        are those with an LSTM ("MlpLstmPolicy", ...)
     :raises QAError: when no such policy exists, or it cannot be taught
     """
     given = algorithm_or_policy_class
     if isinstance(given, type) and issubclass(given, BaseAlgorithm):
         for policy_class in given.policy_aliases.values():
             _refuse(policy_class)
+        recurrent = base.replace("Policy", "LstmPolicy")  # what RecurrentPPO has in place of it
+        base = recurrent if base not in given.policy_aliases and recurrent in given.policy_aliases else base
         if base not in given.policy_aliases:
             raise QAError(
                 f"qa_policy got base={base!r} for {given.__name__}; expected one of {sorted(given.policy_aliases)}; give base=..."
@@ -113,10 +116,10 @@ def algorithms() -> list[type[BaseAlgorithm]]:
     """The algorithms that can be taught: those of SB3, and of sb3-contrib where it is installed."""
     found: list[type[BaseAlgorithm]] = [A2C, DDPG, DQN, PPO, SAC, TD3]
     try:
-        from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
+        from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
     except ImportError:
         return found
-    return [*found, CrossQ, MaskablePPO, QRDQN, TQC, TRPO]
+    return [*found, CrossQ, MaskablePPO, QRDQN, RecurrentPPO, TQC, TRPO]
 
 
 def stock_policies(algorithm: type[BaseAlgorithm]) -> dict[str, type[BasePolicy]]:

@@ -15,6 +15,7 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.joint import JointTraining
+from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.questions import Catalogue, Question
 from sb3_qa.taps import Taps, readout
 
@@ -125,7 +126,8 @@ class QAPolicyMixin:
         return _parameters_of(self, set(), recurse)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **self.qa_kwargs}  # type: ignore[misc]
+        lstm = lstm_arguments(self) if is_recurrent(self) else {}
+        return {**super()._get_constructor_parameters(), **lstm, **self.qa_kwargs}  # type: ignore[misc]
 
     def _checked_names(self, names: list[str] | None) -> list[str] | None:
         n = getattr(self.action_space, "n", None)
