@@ -85,6 +85,7 @@ class QACallback(BaseCallback):
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         joint.critic_only = of_family(CRITIC_ONLY, type(model))
+        joint.reads_critics = self._policy.qa_critics is not None
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):

@@ -32,13 +32,20 @@ class Reading:
 
     :param answerer: who reads
     :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
+    :param target: answer as the policy's target network does, if it has one: its head, its latents, its critics
     """
 
-    def __init__(self, answerer: QuestionAnswerer, obs: Any) -> None:
-        self._policy = answerer.policy
-        self._head: QAHead = self._policy.qa_head
+    def __init__(self, answerer: QuestionAnswerer, obs: Any, *, target: bool = False) -> None:
+        policy = self._policy = answerer.policy
+        self._head: QAHead = policy.qa_head
+        self._critic: Any = getattr(policy, "critic", None)
         self._obs = obs
-        self._latents = self._policy.qa_taps.read(self._policy, obs)
+        if target and policy.qa_target is not None:
+            self._head = getattr(policy, policy.qa_target[1]).qa_head
+            self._critic = getattr(policy, "critic_target", None)
+            self._latents = policy.qa_taps.read_target(policy, obs, *policy.qa_target)
+        else:
+            self._latents = policy.qa_taps.read(policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
         self._state_logits: Floats | None = None
 
@@ -78,11 +85,15 @@ class Reading:
         if actions is None:
             space = self._policy.action_space
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
-        return self._head.action_logits(self.hidden, actions)
+        return self._head.action_logits(self.hidden, actions, self._of_critics(actions))
 
     def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
         """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
-        return self._head.step_logits(self.hidden, actions, after.hidden)
+        return self._head.step_logits(self.hidden, actions, after.hidden, self._of_critics(actions))
+
+    def _of_critics(self, actions: NDArray[Any]) -> Floats | None:
+        critics = self._policy.qa_critics
+        return critics.read(self._policy, self._obs, actions, self._critic) if critics else None
 
     def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
         """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""

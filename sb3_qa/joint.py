@@ -83,6 +83,12 @@ class JointTraining:
     or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on one minibatch in
     ``MEASURE_EVERY`` (on the first always); in between it is taken to be proportional to the norm of the loss's
     gradient with respect to the latents. Without clipping, the gradient is exactly that of the sum of the losses.
+
+    **Actor and critics** of SAC and its like have passes, backward passes and optimisers of their own, and each changes its
+    parameters in place before the other has done so. Their questions are worked out once for each minibatch, in the pass of
+    the critics on the buffer's own actions, from what both know at that time, before either has taken its step. The critics
+    get their part of the gradient in their own backward pass; the actor's is kept for the actor's, which may come before
+    that pass (SAC, TQC) or after it (TD3, DDPG, CrossQ), where it is not delayed to another minibatch.
     """
 
     MEASURE_EVERY = 32
@@ -97,7 +103,10 @@ class JointTraining:
         self.critic_only: str | None = None
         """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
         self.observations: Any = None
-        """What the algorithm was handed with the pending rows, where only the critic is passed."""
+        """What the algorithm was handed with the pending rows, where not all readouts are passed."""
+        self.reads_critics = False
+        self.owed: torch.Tensor | None = None
+        """The gradient of an actor's latent, when the pass that it belongs to is still to come."""
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
@@ -114,7 +123,8 @@ class JointTraining:
         """The buffer has just handed out these rows; the next pass with gradients is about them."""
         if self.store is not None and self.coef:
             self._pending = rows
-            self.observations = observations if self.critic_only else None
+            self.observations = observations if self.critic_only or self.reads_critics else None
+            self.owed = None
 
     @property
     def waiting(self) -> bool:
@@ -127,16 +137,19 @@ class JointTraining:
         latents: Sequence[torch.Tensor],
         head: QAHead,
         agent_parameters: Callable[[], Iterable[torch.Tensor]],
+        joined: int = 1,
     ) -> torch.Tensor:
         """Attach the question loss of the pending rows to ``output``.
 
         :param output: (n, ...), what the algorithm goes on with
-        :param latents: of each readout, (n, dim), in the graph of ``output``
+        :param latents: of each readout, (n, dim), in the graph of ``output`` or of a pass whose backward is still to come; the
+            first may have no graph where an actor's pass is still to come
+        :param joined: how many batches the pass is about, the first of which is that of the pending rows
         :raises QAError: when the pass is not about as many transitions as were handed out
         """
         rows, self._pending = self._pending, None
         assert rows is not None and self.store is not None
-        if len(rows) != len(output):
+        if len(rows) * joined != len(output):
             raise QAError(
                 f"the buffer handed out {len(rows)} transitions but the network was run on {len(output)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
@@ -144,14 +157,18 @@ class JointTraining:
         y, weight, features = self.store.batch(rows)
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
-        d_latents, d_flat = head.gradients(latents, features, y, weight)
+        about_rows = [latent[: len(rows)] for latent in latents]
+        d_latents, d_flat = head.gradients(about_rows, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
-            self.losses.append(self._losses(latents, head, features, y, weight / np.float32(self.coef * mean)))
+            self.losses.append(self._losses(about_rows, head, features, y, weight / np.float32(self.coef * mean)))
+        d_latents = [_padded(d, len(latent)) for d, latent in zip(d_latents, latents, strict=True)]
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
         sent = []
+        if share and self.reads_critics and not latents[0].requires_grad:
+            self.owed = d_latents[0] * share
         if share:
             sent = [
                 (x, d if share == 1.0 else d * share)
@@ -160,6 +177,12 @@ class JointTraining:
             ]
         return attach(output, sent, head.flat, d_flat)
 
+    def pay(self, latent: torch.Tensor) -> None:
+        """Send the gradient that an actor is owed into its latent (n, dim), whose pass has come."""
+        owed, self.owed = self.owed, None
+        if owed is not None and latent.requires_grad and owed.shape == latent.shape:
+            latent.register_hook(partial(torch.add, owed))
+
     @staticmethod
     @torch.no_grad()
     def _losses(
@@ -167,7 +190,11 @@ class JointTraining:
     ) -> torch.Tensor:
         device = latents[0].device
         about = None if features is None else torch.as_tensor(features, device=device)
-        logits = head(torch.cat([latent.detach() for latent in latents], dim=1), about)
+        read = [latent.detach() for latent in latents]
+        if head.critic_dims:
+            n_critics = len(head.critic_dims)
+            about, read = torch.cat([about, *read[-n_critics:]], dim=1), read[:-n_critics]  # type: ignore[list-item]
+        logits = head(torch.cat(read, dim=1), about)
         return question_losses(head, logits.cpu(), torch.as_tensor(y), torch.as_tensor(weight))
 
     def _clip(
@@ -190,6 +217,13 @@ class JointTraining:
         else:
             norm = _norm(gradients) * self._amplification
         return min(share, self.max_grad_norm / max(norm, 1e-30))
+
+
+def _padded(gradient: torch.Tensor, n: int) -> torch.Tensor:
+    """With rows of zeros up to ``n``."""
+    if len(gradient) == n:
+        return gradient
+    return torch.cat([gradient, gradient.new_zeros(n - len(gradient), gradient.shape[1])])
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:

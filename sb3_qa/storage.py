@@ -52,7 +52,8 @@ _KNOWN: tuple[type, ...] = (
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
     policy = answerer.policy
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in policy.state_dict().items()}
+    state = {name: tensor for name, tensor in policy.state_dict().items() if not _again(name)}
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     description: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -103,7 +104,8 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
                 **description["qa"],
                 **arguments,
             )
-        policy.load_state_dict(weights)
+        again = {name: f"qa_head.{name.rpartition('.')[2]}" for name in policy.state_dict() if _again(name)}
+        policy.load_state_dict({**weights, **{name: weights[source] for name, source in again.items()}})
     except QAError:
         raise
     except Exception as error:
@@ -147,6 +149,11 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
             f"{name} is damaged: its content does not match its digest; expected it as save() wrote it; copy or save it again"
         )
     return description, weights
+
+
+def _again(name: str) -> bool:
+    """Whether a weight is the head's once more, as part of a network that has a target, or a target's."""
+    return ".qa_head." in name
 
 
 def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:

@@ -100,6 +100,11 @@ class Taps:
         self.keep = [n for n, x in enumerate(latents) if all(x is not other for other in latents[:n])]
         self.latent_dim = sum(latents[n].shape[-1] for n in self.keep)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether observations are numbers that go into SB3's own dense layers as they are."""
+        return self._dense is not None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
         return self._copy()
 
@@ -147,6 +152,19 @@ class Taps:
                 return latents
         with torch.no_grad(), _evaluating(policy):
             return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
+
+    def read_target(self, policy: Any, obs: Any, live: str, target: str) -> list[Floats]:
+        """As :meth:`read`, from a target network where it has the readouts, else from the live one.
+
+        :param live: name of the network that learns
+        :param target: name of the one that follows it
+        """
+        if not all(name.startswith(f"{live}.") for name in self.names):
+            return self.read(policy, obs)
+        network, names = getattr(policy, target), tuple(name.partition(".")[2] for name in self.names)
+        with torch.no_grad(), _evaluating(policy), _recording(network, names) as seen:
+            network(_tensors(policy, obs))
+        return [seen[name].cpu().numpy() for name in names]
 
     def _layers(self, policy: Any) -> list[list[nn.Module]]:
         """Layers from the observations to each readout, of a policy of dense layers."""

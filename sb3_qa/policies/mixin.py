@@ -10,11 +10,12 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from sb3_qa.critics import TARGETS, Critics
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.joint import JointTraining
 from sb3_qa.questions import Catalogue, Question
-from sb3_qa.taps import Taps, readout
+from sb3_qa.taps import Taps, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -69,15 +70,32 @@ class QAPolicyMixin:
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
         self.qa_taps = Taps(self, qa_readouts)  # type: ignore[arg-type]
+        self.qa_critics: Critics | None = None
+        if qa_readouts is None and catalogue.n_state_logits < catalogue.n_logits:  # what they know is about an action
+            self.qa_critics = Critics(self) or None  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
         self.qa_head = QAHead(
-            catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
+            catalogue,
+            self.qa_taps.latent_dim,
+            self.action_space,
+            list(qa_net_arch),
+            qa_encoder,
+            seed,
+            self.qa_critics.dims if self.qa_critics else (),
         )
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
+        self.qa_target = of_family(TARGETS, type(self))
+        """Names of the network that carries the head and of its target, which carries a target head."""
+        if self.qa_target is not None:
+            live, target = (getattr(self, name) for name in self.qa_target)
+            live.qa_head, target.qa_head = self.qa_head, self.qa_head.target()
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self._qa_join_optimizer()
+        tapped = _tapped if self.qa_critics is None else _tapped_actor
         for index, name in enumerate(self.qa_taps.names):
-            readout(self, name).register_forward_hook(partial(_tapped, self, index))  # type: ignore[arg-type]
+            readout(self, name).register_forward_hook(partial(tapped, self, index))  # type: ignore[arg-type]
+        for index, name in enumerate(self.qa_critics.names if self.qa_critics else ()):
+            readout(self, name).register_forward_hook(partial(_tapped_critic, self, index))  # type: ignore[arg-type]
 
     def _qa_join_optimizer(self) -> None:
         """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
@@ -86,7 +104,7 @@ class QAPolicyMixin:
         # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
         optimizer = getattr(self, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = self.actor.optimizer  # type: ignore[attr-defined]
+            optimizer = (self.critic if self.qa_critics else self.actor).optimizer  # type: ignore[attr-defined]
         group: dict[str, Any] = {"params": list(self.qa_head.parameters())}
         options = optimizer.defaults
         if (
@@ -143,6 +161,37 @@ def _tapped(
     else:
         latents = policy.qa_taps.note(index, args[0])
     return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)
+
+
+def _tapped_actor(
+    policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> None:
+    joint: JointTraining = policy.qa_joint
+    if torch.is_grad_enabled():
+        if joint.waiting:
+            policy.qa_taps.seen[index] = args[0]
+        else:
+            joint.pay(args[0])
+
+
+def _tapped_critic(
+    policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor | None:
+    joint: JointTraining = policy.qa_joint
+    if not (joint.waiting and torch.is_grad_enabled()):
+        return None
+    critics, taps = policy.qa_critics, policy.qa_taps
+    critics.seen[index] = args[0]
+    if any(latent is None for latent in critics.seen):
+        return None
+    actor = taps.seen[0]
+    if actor is None:  # its pass is still to come
+        with torch.no_grad():
+            actor = taps.tensors(policy, joint.observations)[0]
+    latents = [actor, *critics.seen]
+    taps.clear()
+    critics.clear()
+    return joint.join(output, latents, policy.qa_head, policy.parameters, critics.joined)
 
 
 def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
