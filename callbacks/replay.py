@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
@@ -135,4 +135,4 @@ class Replay(Recorder):
 
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
         obs = self._observations(self.buffer.next_observations, rows)
-        return self._curves(Reading(self.answerer, obs, target=True), self._events)
+        return self._curves(self.answerer.read(obs, keep=False), self._events)

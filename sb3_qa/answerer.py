@@ -32,15 +32,14 @@ class Reading:
 
     :param answerer: who reads
     :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
-    :param target: answer as the policy's target network does, if it has one: its head, its latents, its critics
     """
 
-    def __init__(self, answerer: QuestionAnswerer, obs: Any, *, target: bool = False) -> None:
+    def __init__(self, answerer: QuestionAnswerer, obs: Any) -> None:
         policy = self._policy = answerer.policy
         self._head: QAHead = policy.qa_head
         self._critic: Any = getattr(policy, "critic", None)
         self._obs = obs
-        if target and policy.qa_target is not None:
+        if answerer.target:
             self._head = getattr(policy, policy.qa_target[1]).qa_head
             self._critic = getattr(policy, "critic_target", None)
             self._latents = policy.qa_taps.read_target(policy, obs, *policy.qa_target)
@@ -151,11 +150,26 @@ class QuestionAnswerer:
     :param policy: a policy made by :func:`sb3_qa.policies.qa_policy`
     :param action_names: names of the actions of a discrete space, for texts
     :param normalized: whether the policy sees observations normalised by ``VecNormalize``
+    :param target: answer as the policy's target networks do, with their head and latents
+    :raises QAError: when ``target`` is asked for and the policy has no target network
     """
 
-    def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        action_names: Sequence[str] | None = None,
+        normalized: bool = False,
+        *,
+        target: bool = False,
+    ) -> None:
+        if target and policy.qa_target is None:
+            raise QAError(
+                f"target=True got a {type(policy).__name__}; expected a policy with target networks, as those of DQN, QR-DQN, SAC, TD3, "
+                "DDPG and TQC; leave it out"
+            )
         self.policy = policy
         self.normalized = normalized
+        self.target = target
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):
             names = [str(n) for n in range(int(policy.action_space.n))]
@@ -169,10 +183,11 @@ class QuestionAnswerer:
         self._last: tuple[Any, int, Reading] | None = None
 
     @classmethod
-    def from_model(cls, model: BaseAlgorithm) -> QuestionAnswerer:
+    def from_model(cls, model: BaseAlgorithm, *, target: bool = False) -> QuestionAnswerer:
         """A live answerer: it sees every gradient update of the model.
 
-        :raises QAError: when the model's policy has no questions
+        :param target: answer as the model's target networks do, which change as slowly as the algorithm moves them
+        :raises QAError: when the model's policy has no questions, or no target networks and they are asked for
         """
         if not hasattr(model.policy, "qa_head"):
             raise QAError(
@@ -180,7 +195,7 @@ class QuestionAnswerer:
                 f"{type(model).__name__}(qa_policy({type(model).__name__}), env, policy_kwargs=dict(questions=[...]))"
             )
         env = model.get_env()
-        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None)
+        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None, target=target)
 
     @classmethod
     def load(

@@ -13,15 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 from sb3_contrib import QRDQN, TQC, CrossQ
-from stable_baselines3 import DDPG, DQN, SAC, TD3
+from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common import utils
 from stable_baselines3.common.utils import set_random_seed
 from test_algorithms import CONTINUOUS, alias, environment, make, network, taught
 
-from sb3_qa import Question, QuestionAnswerer
+from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
-from sb3_qa.callbacks.replay import Replay
-from sb3_qa.head import QAHead
 from sb3_qa.joint import question_losses
 from sb3_qa.taps import readout
 from sb3_qa.truth import now
@@ -222,31 +220,40 @@ def test_polyak_update_is_exact_with_the_target_head_in_it(
     assert own == list(getattr(plain.policy, model.policy.qa_target[0]).state_dict())
 
 
-@pytest.mark.parametrize("algorithm", [*WITH_TARGETS, CrossQ])
-def test_cut_futures_go_on_as_the_target_network_answers(algorithm: type) -> None:
-    found: list[bool] = []
+@pytest.mark.parametrize("seen", ["vector", "image"])
+@pytest.mark.parametrize("algorithm", WITH_TARGETS)
+def test_a_target_answerer_answers_by_target_networks_and_follows_them(algorithm: Any, seen: str) -> None:
+    if alias(seen) not in algorithm.policy_aliases:
+        pytest.skip("has no such policy")
+    model = taught(algorithm, seen, **(dict(target_update_interval=8) if algorithm in (DQN, QRDQN) else {}))
+    model.learn(160, callback=QACallback())
+    obs, policy = environment(algorithm, seen).reset(), model.policy
+    action = np.zeros((2, 1), np.float32) if algorithm in CONTINUOUS else None
+    slow, live = (QuestionAnswerer.from_model(model, target=target) for target in (True, False))
 
-    def check(model: Any, recorder: Replay) -> None:
-        policy, rows = model.policy, np.arange(6)
+    def asked(qa: QuestionAnswerer) -> np.ndarray[Any, Any]:
+        return np.concatenate(
+            [np.ravel(qa.ask(key, obs, a).probability) for key, a in (("low[k=4]", action), ("is_low", None))]
+        )
 
-        def changes(parameter: torch.Tensor) -> bool:
-            before = recorder._curves_after(rows)
-            with torch.no_grad():
-                kept = parameter.detach().clone()
-                parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-                after = recorder._curves_after(rows)
-                parameter.data.copy_(kept)
-            return any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    before = asked(live)
+    assert not np.allclose(asked(slow), before)
+    live_net, target_net = (getattr(policy, name) for name in policy.qa_target)
+    policy.qa_head.average.copy_(policy.qa_head.flat.detach())
+    for name in ("q_net", "quantile_net", "actor", "critic"):
+        if hasattr(policy, f"{name}_target"):
+            getattr(policy, f"{name}_target").load_state_dict(getattr(policy, name).state_dict())
+    np.testing.assert_allclose(asked(slow), asked(live), atol=1e-5)  # the same weights give the same answers
+    utils.polyak_update([torch.zeros_like(p) for p in live_net.parameters()], target_net.parameters(), 0.5)
+    assert not np.allclose(asked(slow), asked(live), atol=1e-3)
 
-        if policy.qa_target is None:
-            return found.append(changes(policy.qa_head.average))
-        target = getattr(policy, policy.qa_target[1])
-        weight = next(p for n, p in target.named_parameters() if n.endswith("0.weight"))
-        assert isinstance(target.qa_head, QAHead) and not changes(policy.qa_head.average)
-        found.append(changes(target.qa_head.flat) and changes(weight))
 
-    taught(algorithm).learn(160, callback=AtTheEnd(check))
-    assert found == [True]
+@pytest.mark.parametrize("algorithm", [CrossQ, PPO])
+def test_no_target_answerer_without_target_networks(algorithm: type) -> None:
+    model = taught(algorithm, batch_size=16)
+    assert model.policy.qa_target is None
+    with pytest.raises(QAError, match="target networks"):
+        QuestionAnswerer.from_model(model, target=True)
 
 
 @pytest.mark.parametrize("algorithm", [DQN, SAC])
