@@ -62,7 +62,7 @@ def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None
         "observation_space": _space_to_json(policy.observation_space),
         "action_space": _space_to_json(policy.action_space),
         "questions": [_question_to_json(question) for question in answerer.catalogue.questions],
-        "qa": {key: policy.qa_kwargs[key] for key in ("qa_net_arch", "qa_encoder")},
+        "qa": {key: policy.qa_kwargs[key] for key in ("qa_net_arch", "qa_encoder", "qa_readouts")},
         "action_names": answerer.action_names,
         "normalized": answerer.normalized,
     }

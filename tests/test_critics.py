@@ -174,7 +174,7 @@ def test_an_answer_about_an_action_changes_with_the_critic_and_one_about_a_state
     np.testing.assert_array_equal(qa.ask("is_low", obs).probability, about_state)
 
 
-def test_the_actor_alone_is_read_where_no_question_is_about_actions_or_it_is_named() -> None:
+def test_the_actor_alone_is_read_where_no_question_is_about_actions_or_it_is_named(tmp_path: Path) -> None:
     low = Question("Is it low?", now("low"), name="is_low")
     without = make(SAC, "QAMlpPolicy", environment(SAC), {**network(SAC, "vector", True), "questions": [low]})
     named = taught(SAC, net={**network(SAC, "vector", True), "qa_readouts": ["actor.mu"]})
@@ -184,6 +184,11 @@ def test_the_actor_alone_is_read_where_no_question_is_about_actions_or_it_is_nam
         assert any(p is policy.qa_head.flat for g in policy.actor.optimizer.param_groups for p in g["params"])
         model.learn(160, callback=QACallback())
         assert int(policy.qa_head.n_updates) > 0
+        qa, obs = QuestionAnswerer.from_model(model), model.get_env().reset()
+        qa.save(tmp_path / "a.qa")
+        frozen = QuestionAnswerer.load(tmp_path / "a.qa")
+        assert frozen.policy.qa_critics is None
+        np.testing.assert_array_equal(frozen.ask("is_low", obs).probability, qa.ask("is_low", obs).probability)
 
 
 @pytest.mark.parametrize("algorithm", WITH_TARGETS)

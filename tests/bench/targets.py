@@ -2,8 +2,9 @@
 
 Answers on walks whose probabilities are known exactly, learnt from a replay buffer: a time limit of 30, horizons to 40, so that
 most long futures are cut. ``average`` continues by the running average of the head's weights, on the latents of the live
-network; ``target`` by the target head, on those of the target network. ``python tests/bench/targets.py run`` appends lines to
-targets.jsonl, skipping those that are there; ``report`` prints the table of docs/critics.md.
+network; ``target`` by the target head, on those of the target network. ``actor`` is ``average`` without the critics, which
+``average`` reads for questions about actions. ``python tests/bench/targets.py run`` appends lines to targets.jsonl, skipping
+those that are there; ``report`` prints the table of docs/critics.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_known_answers import HORIZONS, Pushed, Unrewarded
 
 RESULTS = Path(__file__).with_name("targets.jsonl")
+ARMS = ("average", "target", "actor")
 CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dqn_hard": (DQN, "state", {}),
     "dqn_soft": (DQN, "state", dict(tau=0.005, target_update_interval=1)),
@@ -102,7 +104,9 @@ def run(name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
         buffer_size=50_000,
         learning_starts=1000,
         policy_kwargs=dict(
-            questions=[Question(text, eventually("hit", within="k"), k=HORIZONS, name="hit")], net_arch=[64, 64]
+            questions=[Question(text, eventually("hit", within="k"), k=HORIZONS, name="hit")],
+            net_arch=[64, 64],
+            qa_readouts=["actor.mu"] if arm == "actor" else None,
         ),
         **given,
     )
@@ -124,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=48_000)
     args = parser.parse_args()
@@ -131,7 +136,7 @@ def main() -> None:
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if args.what == "report":
         for name in args.cases:
-            for arm in ("average", "target"):
+            for arm in ARMS:
                 mine = [line for line in lines if line["case"] == name and line["arm"] == arm]
                 if mine:
                     at = [[line["errors"][n] for line in mine] for n in range(6)]
@@ -145,7 +150,7 @@ def main() -> None:
     done = {(line["case"], line["arm"], line["seed"]) for line in lines}
     for seed in args.seeds:
         for name in args.cases:
-            for arm in ("average", "target"):
+            for arm in args.arms:
                 if (name, arm, seed) not in done:
                     line = run(name, arm, seed, args.steps)
                     with RESULTS.open("a") as file:
