@@ -66,10 +66,8 @@ class Errors(BaseCallback):
     def __init__(self, about_actions: bool, continuous: bool, every: int) -> None:
         super().__init__()
         self.about_actions, self.continuous, self.every = about_actions, continuous, every
-        walk = ActionWalk() if about_actions else RandomWalk()
-        policy: Any = (np.full((walk.cells, 2), 0.5),) if about_actions else ()
-        self.known = np.stack([walk.probability_within(k, *policy)[1:] for k in HORIZONS], axis=-1)
-        self.obs = np.eye(walk.cells, dtype=np.float32)[1:]
+        self.walk: Any = ActionWalk() if about_actions else RandomWalk()
+        self.obs = np.eye(self.walk.cells, dtype=np.float32)[1:]
         self.errors: list[float] = []
 
     def _on_step(self) -> bool:
@@ -82,8 +80,18 @@ class Errors(BaseCallback):
                 ]
             else:
                 told = [qa.ask(f"hit[k={k}]", self.obs).probability for k in HORIZONS]
-            self.errors.append(round(float(np.abs(np.stack(told, -1) - self.known).mean()), 5))
+            self.errors.append(round(float(np.abs(np.stack(told, -1) - self.known()).mean()), 5))
         return True
+
+    def known(self) -> Any:
+        """The truth, given how the agent goes on; one that takes both actions alike is DQN's, which always explores."""
+        policy: Any = ()
+        if self.about_actions:
+            right = np.full(self.walk.cells, 0.5)
+            if self.continuous:
+                right[1:] = [np.mean(self.model.predict(np.repeat(each[None], 2000, 0))[0] > 0) for each in self.obs]
+            policy = (np.stack([1 - right, right], axis=1),)
+        return np.stack([self.walk.probability_within(k, *policy)[1:] for k in HORIZONS], axis=-1)
 
 
 def run(name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
