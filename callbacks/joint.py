@@ -116,6 +116,7 @@ class QACallback(BaseCallback):
             config.donated_buffer = False
         if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
+        joint.reads_critics = self._policy.qa_critics is not None
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):

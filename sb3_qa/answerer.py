@@ -42,20 +42,25 @@ class Reading:
     """
 
     def __init__(self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None) -> None:
-        self._policy = answerer.policy
-        self._head: QAHead = self._policy.qa_head
+        policy = self._policy = answerer.policy
+        self._head: QAHead = policy.qa_head
+        self._critic: Any = getattr(policy, "critic", None)
         self._obs = obs
         self.memory = memory
         self._after: Memory | None = None
         if answerer.recurrent:
             if memory is None:
                 raise QAError(
-                    f"{type(self._policy).__name__} has an LSTM and was given observations alone; expected what it remembers with them; "
+                    f"{type(policy).__name__} has an LSTM and was given observations alone; expected what it remembers with them; "
                     "pass memory=, as Memory.blank(policy, n) is at the start of episodes"
                 )
-            self._latents, self._after = self._policy.qa_taps.recall(self._policy, obs, memory)
+            self._latents, self._after = policy.qa_taps.recall(policy, obs, memory)
+        elif answerer.target:
+            self._head = getattr(policy, policy.qa_target[1]).qa_head
+            self._critic = getattr(policy, "critic_target", None)
+            self._latents = policy.qa_taps.read_target(policy, obs, *policy.qa_target)
         else:
-            self._latents = self._policy.qa_taps.read(self._policy, obs)
+            self._latents = policy.qa_taps.read(policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
         self._state_logits: Floats | None = None
 
@@ -119,11 +124,15 @@ class Reading:
         if actions is None:
             space = self._policy.action_space
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
-        return self._head.action_logits(self.hidden, actions)
+        return self._head.action_logits(self.hidden, actions, self._of_critics(actions))
 
     def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
         """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
-        return self._head.step_logits(self.hidden, actions, after.hidden)
+        return self._head.step_logits(self.hidden, actions, after.hidden, self._of_critics(actions))
+
+    def _of_critics(self, actions: NDArray[Any]) -> Floats | None:
+        critics = self._policy.qa_critics
+        return critics.read(self._policy, self._obs, actions, self._critic) if critics else None
 
     def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
         """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""
@@ -182,13 +191,28 @@ class QuestionAnswerer:
     :param policy: a policy made by :func:`sb3_qa.policies.qa_policy`
     :param action_names: names of the actions of a discrete space, for texts
     :param normalized: whether the policy sees observations normalised by ``VecNormalize``
+    :param target: answer as the policy's target networks do, with their head and latents
+    :raises QAError: when ``target`` is asked for and the policy has no target network
     """
 
-    def __init__(self, policy: Any, action_names: Sequence[str] | None = None, normalized: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        action_names: Sequence[str] | None = None,
+        normalized: bool = False,
+        *,
+        target: bool = False,
+    ) -> None:
+        if target and policy.qa_target is None:
+            raise QAError(
+                f"target=True got a {type(policy).__name__}; expected a policy with target networks, as those of DQN, QR-DQN, SAC, TD3, "
+                "DDPG and TQC; leave it out"
+            )
         self.policy: Any = plain(policy)
         self.normalized = normalized
         self.recurrent: bool = policy.qa_taps.recurrent
         """Whether the policy has an LSTM, so that answers are about what it has seen, not about observations alone."""
+        self.target = target
         names = action_names or policy.action_names
         if names is None and isinstance(policy.action_space, spaces.Discrete):
             names = [str(n) for n in range(int(policy.action_space.n))]
@@ -203,10 +227,11 @@ class QuestionAnswerer:
         self._warned = False
 
     @classmethod
-    def from_model(cls, model: BaseAlgorithm) -> QuestionAnswerer:
+    def from_model(cls, model: BaseAlgorithm, *, target: bool = False) -> QuestionAnswerer:
         """A live answerer: it sees every gradient update of the model.
 
-        :raises QAError: when the model's policy has no questions
+        :param target: answer as the model's target networks do, which change as slowly as the algorithm moves them
+        :raises QAError: when the model's policy has no questions, or no target networks and they are asked for
         """
         if not hasattr(model.policy, "qa_head"):
             raise QAError(
@@ -214,7 +239,7 @@ class QuestionAnswerer:
                 f"{type(model).__name__}(qa_policy({type(model).__name__}), env, policy_kwargs=dict(questions=[...]))"
             )
         env = model.get_env()
-        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None)
+        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None, target=target)
 
     @classmethod
     def load(

@@ -7,6 +7,7 @@ numpy, and the gradient of the loss in closed form, with numpy on the CPU and th
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -89,6 +90,8 @@ class QAHead(nn.Module):
     :param net_arch: widths of the head's own layers; ``[]`` reads the latents directly (no questions about actions)
     :param encoder: how rows are made from questions
     :param seed: of the initial weights; no shared random stream is used
+    :param critic_dims: widths of the latents of critics; they belong to an action in a state, and are read as further features
+        of the action
     """
 
     def __init__(
@@ -99,10 +102,14 @@ class QAHead(nn.Module):
         net_arch: Sequence[int],
         encoder: str = "index",
         seed: int = 0,
+        critic_dims: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.catalogue = catalogue
         self.latent_dim = latent_dim
+        self.critic_dims = list(critic_dims)
+        self.of_target = False
+        """Whether it belongs to a target network, see :meth:`target`."""
         self.n_state = catalogue.n_state_logits
         self.n_logits = catalogue.n_logits
         self.action_features: ActionFeatures | None = None
@@ -118,7 +125,8 @@ class QAHead(nn.Module):
         self.scale = 4.0 / math.sqrt(self.width)
         self.blocks = _blocks(catalogue)
         n_features = self.action_features.n_features if self.action_features else 0
-        shapes = [(self.n_logits, self.width + 1), (n_features, self.width)]
+        critic_dim = sum(critic_dims)
+        shapes = [(self.n_logits, self.width + 1), (n_features + critic_dim, self.width)]
         shapes += [(n_out, n_in + 1) for n_in, n_out in itertools.pairwise(widths)]
         stops = list(itertools.accumulate(math.prod(shape) for shape in shapes))
         self._places = list(zip([0, *stops], stops, shapes, strict=False))
@@ -126,6 +134,7 @@ class QAHead(nn.Module):
         rows, bias = initial_rows(encoder, catalogue, self.width, generator)
         parts = [torch.cat([rows, bias[:, None]], dim=1)]
         parts.append(torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0))
+        parts.append(torch.randn(critic_dim, self.width, generator=generator) / math.sqrt(max(critic_dim, 1)))
         for n_out, n_in_and_bias in shapes[2:]:
             weight = torch.randn(n_out, n_in_and_bias - 1, generator=generator) / math.sqrt(n_in_and_bias - 1)
             parts.append(torch.cat([weight, torch.zeros(n_out, 1)], dim=1))
@@ -170,6 +179,13 @@ class QAHead(nn.Module):
             average.lerp_(flat, share)
         self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
 
+    def target(self) -> QAHead:
+        """The head of a target network: a copy that answers by :attr:`flat`, which the algorithm moves with that network."""
+        head = copy.deepcopy(self, {id(self.catalogue): self.catalogue})
+        head.flat.requires_grad_(False)
+        head.of_target = True
+        return head
+
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""
         readout, action, *hidden = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
@@ -185,7 +201,10 @@ class QAHead(nn.Module):
     def _that_answer(self) -> _Answering:
         """The weights that answer: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
         flat, average = self.flat, self.average
-        if self._followed != flat._version:  # written by hand, not by an optimiser
+        if self.of_target:  # moved by polyak_update(), which leaves the version as it was
+            average.copy_(flat.detach())
+            self._answering = None
+        elif self._followed != flat._version:  # written by hand, not by an optimiser
             average.copy_(flat.detach())
             self._followed = flat._version
         key = average.data_ptr() if average.is_cpu else flat._version + average._version  # either may be loaded alone
@@ -208,25 +227,29 @@ class QAHead(nn.Module):
         w = self._that_answer()
         return self._logits(np.tanh(hidden) if w.layers else hidden, w.states)
 
-    def action_logits(self, hidden: Floats, actions: NDArray[Any]) -> Floats:
+    def action_logits(self, hidden: Floats, actions: NDArray[Any], critics: Floats | None = None) -> Floats:
         """Logits of the questions about actions.
 
         :param hidden: (n, width)
         :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
+        :param critics: latents of the critics, if they are read: (n, sum(critic_dims)), or (n, m, ...)
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
         w = self._that_answer()
-        return self._logits(np.tanh(self._acted(w, hidden, actions)), w.actions)
+        return self._logits(np.tanh(self._acted(w, hidden, actions, critics)), w.actions)
 
-    def step_logits(self, before: Floats, actions: NDArray[Any], after: Floats) -> Floats:
+    def step_logits(
+        self, before: Floats, actions: NDArray[Any], after: Floats, critics: Floats | None = None
+    ) -> Floats:
         """Logits of all questions (n, n_logits): about the states after, and about the actions taken in those before.
 
         :param before: (n, width)
         :param actions: (n, *action_shape)
         :param after: (n, width)
+        :param critics: latents of the critics before, if they are read: (n, sum(critic_dims))
         """
         n, w = len(before), self._that_answer()
-        x = np.tanh(np.concatenate([after, self._acted(w, before, actions)]))
+        x = np.tanh(np.concatenate([after, self._acted(w, before, actions, critics)]))
         logits = np.empty((n, self.n_logits), np.float32)
         np.matmul(x[:n], w.states[0], out=logits[:, : self.n_state])
         np.matmul(x[n:], w.actions[0], out=logits[:, self.n_state :])
@@ -234,10 +257,11 @@ class QAHead(nn.Module):
         logits += w.bias
         return logits
 
-    def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any]) -> Floats:
+    def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any], critics: Floats | None) -> Floats:
         """``hidden`` with the actions added in: (n, width), or (n, m, width)."""
         assert self.action_features is not None
-        added: Floats = self.action_features(actions) @ w.action
+        features = self.action_features(actions)
+        added: Floats = (features if critics is None else np.concatenate([features, critics], axis=-1)) @ w.action
         added += hidden[:, None] if added.ndim == 3 else hidden
         return added
 
@@ -253,7 +277,7 @@ class QAHead(nn.Module):
         The plain statement of what the head learns; training takes :meth:`gradients` and answering numpy.
 
         :param latents: (n, latent_dim)
-        :param features: (n, n_action_features) of the actions
+        :param features: (n, n_action_features) of the actions, with the latents of critics behind them if they are read
         """
         weights = self.weights(self.flat)
         hidden = latents
@@ -271,7 +295,7 @@ class QAHead(nn.Module):
 
         The gradient of each cell's weighted cross-entropy is ``weight * (probability - y)``; the rest is the chain rule.
 
-        :param latents: of each readout, (n, dim)
+        :param latents: of each readout, (n, dim); those of critics come last
         :param features: (n, n_action_features) of the actions, numpy
         :param y: (n, n_logits), targets of the cells, numpy
         :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
@@ -289,10 +313,19 @@ class QAHead(nn.Module):
     def _gradients(
         self, xp: Any, w: Weights, latents: Sequence[Array], features: Array | None, y: Array, weight: Array
     ) -> tuple[list[Array], Array]:
+        n_critics = len(self.critic_dims)
+        if n_critics:
+            latents, critics = latents[:-n_critics], latents[-n_critics:]
+            features = xp.concatenate([features, *critics], 1)
         form, acted = self._closed_form, features is not None
         if form is None or form.weights is not w or form.n != len(y) or form.acted != acted:
             form = self._closed_form = ClosedForm(self, w, xp, [x.shape[1] for x in latents], y, acted)
-        return form(latents, features, y, weight)
+        d_latents, d_flat = form(latents, features, y, weight)
+        if n_critics:
+            stops = list(itertools.accumulate(self.critic_dims, initial=-sum(self.critic_dims)))
+            of_critics = [w.action[start : stop or None] for start, stop in itertools.pairwise(stops)]
+            d_latents = [*d_latents, *(form.d_actions @ each.T for each in of_critics)]
+        return d_latents, d_flat
 
 
 def _share(n_updates: int) -> float:

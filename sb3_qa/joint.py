@@ -84,6 +84,12 @@ class JointTraining:
     or ``qa_coef``. The norm is measured exactly, by a backward pass of its own, on one minibatch in
     ``MEASURE_EVERY`` (on the first always); in between it is taken to be proportional to the norm of the loss's
     gradient with respect to the latents. Without clipping, the gradient is exactly that of the sum of the losses.
+
+    **Actor and critics** of SAC and its like have passes, backward passes and optimisers of their own, and each changes its
+    parameters in place before the other has done so. Their questions are worked out once for each minibatch, in the pass of
+    the critics on the buffer's own actions, from what both know at that time, before either has taken its step. The critics
+    get their part of the gradient in their own backward pass; the actor's is kept for the actor's, which may come before
+    that pass (SAC, TQC) or after it (TD3, DDPG, CrossQ), where it is not delayed to another minibatch.
     """
 
     MEASURE_EVERY = 32
@@ -100,9 +106,12 @@ class JointTraining:
         self.critic_only: str | None = None
         """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
         self.observations: Any = None
-        """What the algorithm was handed with the pending rows, where only the critic is passed."""
+        """What the algorithm was handed with the pending rows, where not all readouts are passed."""
         self.remember: Callable[[int], tuple[Sequence[torch.Tensor], Remembered] | None] | None = None
         """Draws so many transitions from a memory of rare events, and reads them."""
+        self.reads_critics = False
+        self.owed: torch.Tensor | None = None
+        """The gradient of an actor's latent, when the pass that it belongs to is still to come."""
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
@@ -124,7 +133,8 @@ class JointTraining:
         if self.store is not None and self.coef:
             self._pending = rows
             self._real = real
-            self.observations = observations if self.critic_only else None
+            self.observations = observations if self.critic_only or self.reads_critics else None
+            self.owed = None
 
     @property
     def waiting(self) -> bool:
@@ -137,18 +147,21 @@ class JointTraining:
         latents: Sequence[torch.Tensor],
         head: QAHead,
         agent_parameters: Callable[[], Iterable[torch.Tensor]],
+        joined: int = 1,
     ) -> torch.Tensor:
         """Attach the question loss of the pending rows to ``output``.
 
         :param output: (n, ...), what the algorithm goes on with
-        :param latents: of each readout, (n, dim), in the graph of ``output``
+        :param latents: of each readout, (n, dim), in the graph of ``output`` or of a pass whose backward is still to come; the
+            first may have no graph where an actor's pass is still to come
+        :param joined: how many batches the pass is about, the first of which is that of the pending rows
         :raises QAError: when the pass is not about as many transitions as were handed out
         """
         rows, self._pending = self._pending, None
         assert rows is not None and self.store is not None
         real = self._real
         n = len(rows) if real is None else len(real)
-        if n != len(output):
+        if n * joined != len(output):
             raise QAError(
                 f"the buffer handed out {n} transitions but the network was run on {len(output)}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
@@ -157,7 +170,7 @@ class JointTraining:
         mean = 1.0 / (len(rows) * len(head.catalogue.targets))
         weight *= np.float32(self.coef * mean)
         place = None if real is None else torch.as_tensor(real.nonzero()[0], device=output.device)
-        read = latents if place is None else [latent.detach()[place] for latent in latents]
+        read = [latent[:n] if place is None else latent.detach()[place] for latent in latents]
         d_latents, d_flat = head.gradients(read, features, y, weight)
         if self.n_passes % self.LOG_EVERY == 0:
             self.losses.append(self._losses(read, head, features, y, weight / np.float32(self.coef * mean)))
@@ -166,11 +179,14 @@ class JointTraining:
             d_flat += head.gradients(past, features, y, weight * np.float32(self.coef * mean))[1]
         if place is not None:
             d_latents = [x.new_zeros(n, x.shape[1]).index_copy_(0, place, x) for x in d_latents]
+        d_latents = [_padded(d, len(latent)) for d, latent in zip(d_latents, latents, strict=True)]
         share = self.trunk_gradient
         if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
         sent = []
+        if share and self.reads_critics and not latents[0].requires_grad:
+            self.owed = d_latents[0] * share
         if share:
             sent = [
                 (x, d if share == 1.0 else d * share)
@@ -179,6 +195,12 @@ class JointTraining:
             ]
         return attach(output, sent, head.flat, d_flat)
 
+    def pay(self, latent: torch.Tensor) -> None:
+        """Send the gradient that an actor is owed into its latent (n, dim), whose pass has come."""
+        owed, self.owed = self.owed, None
+        if owed is not None and latent.requires_grad and owed.shape == latent.shape:
+            latent.register_hook(partial(torch.add, owed))
+
     @staticmethod
     @torch.no_grad()
     def _losses(
@@ -186,7 +208,11 @@ class JointTraining:
     ) -> torch.Tensor:
         device = latents[0].device
         about = None if features is None else torch.as_tensor(features, device=device)
-        logits = head(torch.cat([latent.detach() for latent in latents], dim=1), about)
+        read = [latent.detach() for latent in latents]
+        if head.critic_dims:
+            n_critics = len(head.critic_dims)
+            about, read = torch.cat([about, *read[-n_critics:]], dim=1), read[:-n_critics]  # type: ignore[list-item]
+        logits = head(torch.cat(read, dim=1), about)
         return question_losses(head, logits.cpu(), torch.as_tensor(y), torch.as_tensor(weight))
 
     def _clip(
@@ -209,6 +235,13 @@ class JointTraining:
         else:
             norm = _norm(gradients) * self._amplification
         return min(share, self.max_grad_norm / max(norm, 1e-30))
+
+
+def _padded(gradient: torch.Tensor, n: int) -> torch.Tensor:
+    """With rows of zeros up to ``n``."""
+    if len(gradient) == n:
+        return gradient
+    return torch.cat([gradient, gradient.new_zeros(n - len(gradient), gradient.shape[1])])
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:

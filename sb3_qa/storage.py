@@ -52,9 +52,9 @@ _KNOWN: tuple[type, ...] = (
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
     policy = answerer.policy
-    state = {
-        name.replace("_orig_mod.", ""): tensor for name, tensor in policy.state_dict().items()
-    }  # of compiled parts
+    state = {  # of compiled parts, and of the head once
+        name.replace("_orig_mod.", ""): tensor for name, tensor in policy.state_dict().items() if not _again(name)
+    }
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -64,7 +64,7 @@ def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None
         "observation_space": _space_to_json(policy.observation_space),
         "action_space": _space_to_json(policy.action_space),
         "questions": [_question_to_json(question) for question in answerer.catalogue.questions],
-        "qa": {key: policy.qa_kwargs[key] for key in ("qa_net_arch", "qa_encoder")},
+        "qa": {key: policy.qa_kwargs[key] for key in ("qa_net_arch", "qa_encoder", "qa_readouts")},
         "action_names": answerer.action_names,
         "normalized": answerer.normalized,
     }
@@ -106,7 +106,8 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
                 **description["qa"],
                 **arguments,
             )
-        policy.load_state_dict(weights)
+        again = {name: f"qa_head.{name.rpartition('.')[2]}" for name in policy.state_dict() if _again(name)}
+        policy.load_state_dict({**weights, **{name: weights[source] for name, source in again.items()}})
     except QAError:
         raise
     except Exception as error:
@@ -150,6 +151,11 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
             f"{name} is damaged: its content does not match its digest; expected it as save() wrote it; copy or save it again"
         )
     return description, weights
+
+
+def _again(name: str) -> bool:
+    """Whether a weight is the head's once more, as part of a network that has a target, or a target's."""
+    return ".qa_head." in name
 
 
 def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:

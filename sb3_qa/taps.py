@@ -106,6 +106,11 @@ class Taps:
         self.keep = [n for n, x in enumerate(latents) if not any(_is_same(x, other) for other in latents[:n])]
         self.latent_dim = sum(latents[n].shape[-1] for n in self.keep)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether observations are numbers that go into SB3's own dense layers as they are."""
+        return self._dense is not None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
         return self._copy()
 
@@ -170,6 +175,19 @@ class Taps:
         with _recording(policy, self.names) as seen:
             states = policy.forward(obs, states, starts, deterministic=True)[-1]
         return self._all_of(seen, policy, "forward"), states
+
+    def read_target(self, policy: Any, obs: Any, live: str, target: str) -> list[Floats]:
+        """As :meth:`read`, from a target network where it has the readouts, else from the live one.
+
+        :param live: name of the network that learns
+        :param target: name of the one that follows it
+        """
+        if not all(name.startswith(f"{live}.") for name in self.names):
+            return self.read(policy, obs)
+        network, names = getattr(policy, target), tuple(name.partition(".")[2] for name in self.names)
+        with torch.no_grad(), _evaluating(policy), _recording(network, names) as seen:
+            network(_tensors(policy, obs))
+        return [seen[name].cpu().numpy() for name in names]
 
     def _layers(self, policy: Any) -> list[list[nn.Module]]:
         """Layers from the observations to each readout, of a policy of dense layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,13 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import nn
 
+from sb3_qa.critics import TARGETS, Critics
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.joint import JointTraining
 from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.questions import Catalogue, Question
-from sb3_qa.taps import Taps, readout
+from sb3_qa.taps import Taps, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -73,22 +74,41 @@ class QAPolicyMixin:
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
         self.qa_taps = Taps(self, qa_readouts)  # type: ignore[arg-type]
+        self.qa_critics: Critics | None = None
+        if qa_readouts is None and catalogue.n_state_logits < catalogue.n_logits:  # what they know is about an action
+            self.qa_critics = Critics(self) or None  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
         self.qa_head = QAHead(
-            catalogue, self.qa_taps.latent_dim, self.action_space, list(qa_net_arch), qa_encoder, seed
+            catalogue,
+            self.qa_taps.latent_dim,
+            self.action_space,
+            list(qa_net_arch),
+            qa_encoder,
+            seed,
+            self.qa_critics.dims if self.qa_critics else (),
         )
         self.qa_head.to(self.device)  # type: ignore[attr-defined]
+        self.qa_target = of_family(TARGETS, type(self))
+        """Names of the network that carries the head and of its target, which carries a target head."""
+        if self.qa_target is not None:
+            live, target = (getattr(self, name) for name in self.qa_target)
+            live.qa_head, target.qa_head = self.qa_head, self.qa_head.target()
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
 
     def qa_join(self) -> None:
         """Tap the readouts and join the optimiser, where a new one of them has been put in; done again, it changes nothing."""
-        for index, name in enumerate(self.qa_taps.names):
-            module = readout(self, name)  # type: ignore[arg-type]
-            if not any(getattr(hook, "func", None) is _tapped for hook in module._forward_hooks.values()):
-                module.register_forward_hook(partial(_tapped, self, index))
+        tapped = _tapped if self.qa_critics is None else _tapped_actor
+        self._qa_tap(tapped, self.qa_taps.names)
+        self._qa_tap(_tapped_critic, self.qa_critics.names if self.qa_critics else ())
         self.qa_taps.watch_anew()
         self._qa_join_optimizer()
+
+    def _qa_tap(self, tapped: Callable[..., Any], names: Sequence[str]) -> None:
+        for index, name in enumerate(names):
+            module = readout(self, name)  # type: ignore[arg-type]
+            if not any(getattr(hook, "func", None) is tapped for hook in module._forward_hooks.values()):
+                module.register_forward_hook(partial(tapped, self, index))
 
     def _qa_join_optimizer(self) -> None:
         """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
@@ -97,7 +117,7 @@ class QAPolicyMixin:
         # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
         optimizer: Any = getattr(self, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = self.actor.optimizer  # type: ignore[attr-defined]
+            optimizer = (self.critic if self.qa_critics else self.actor).optimizer  # type: ignore[attr-defined]
         if not any(p is self.qa_head.flat for group in optimizer.param_groups for p in group["params"]):
             optimizer.add_param_group(self._qa_group(optimizer))
         if not getattr(optimizer, "qa_joined", False):
@@ -165,6 +185,43 @@ def _tapped(
     else:
         latents = policy.qa_taps.note(index, args[0])
     return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tapped_actor(
+    policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> None:
+    joint: JointTraining = policy.qa_joint
+    if policy.qa_taps.passing is not None:
+        policy.qa_taps.passing[index] = args[0], output
+    if torch.is_grad_enabled():
+        if joint.waiting:
+            policy.qa_taps.seen[index] = args[0]
+        else:
+            joint.pay(args[0])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tapped_critic(
+    policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor | None:
+    joint: JointTraining = policy.qa_joint
+    critics, taps = policy.qa_critics, policy.qa_taps
+    if critics.passing is not None:
+        critics.passing[index] = args[0]
+    if not (joint.waiting and torch.is_grad_enabled()):
+        return None
+    critics.seen[index] = args[0]
+    if any(latent is None for latent in critics.seen):
+        return None
+    actor = taps.seen[0]
+    if actor is None:  # its pass is still to come
+        with torch.no_grad():
+            actor = taps.tensors(policy, joint.observations)[0]
+    latents = [actor, *critics.seen]
+    taps.clear()
+    critics.clear()
+    return joint.join(output, latents, policy.qa_head, policy.parameters, critics.joined)
 
 
 def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
