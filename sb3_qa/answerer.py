@@ -92,6 +92,15 @@ class Reading:
         offset = self._head.n_state
         return self.action_logits(actions)[..., target.start - offset : target.stop - offset]
 
+    def hazard_gradient(self, key: str, actions: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of a yes/no instance about actions (n, *action_shape): the cumulative hazard -log(1 - probability), (n,), and its
+        gradient by the actions' features, (n, n_features), which for a box are the action scaled to [-1, 1].
+        """
+        instance, target = self._head.catalogue.find(key), self._head.catalogue.target_of[key]
+        start, length = target.start - self._head.n_state, instance.horizon if target.kind == "event" else 1
+        assert length is not None
+        return self._head.hazard_gradient(self.hidden, actions, start, start + length)
+
     def shares(self) -> Floats:
         """How often the policy takes each action of a discrete space here, (n, n_actions)."""
         return self._policy.qa_taps.shares(self._policy, self._obs, self._latents)

@@ -1,0 +1,142 @@
+"""What stands around a decision: the steps before it, whether a catastrophe happened, seeds and pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qa.answerer import observation_normalizer
+from sb3_qa.truth import Step, fact_slots
+from sb3_qa.wrappers.shell import Arrival, row
+
+__all__ = ["Fact", "Ring", "by_name", "frames_of", "seeds_in"]
+
+log = logging.getLogger(__name__)
+
+Bools = NDArray[np.bool_]
+
+
+class Ring:
+    """The newest steps of all environments, in arrays (length, n_envs, ...) that are written over."""
+
+    def __init__(self, length: int, obs: Any, actions: NDArray[Any]) -> None:
+        self.length = length
+        self._head = -1
+        self._columns = {
+            name: np.empty((length, *array.shape), array.dtype) for name, array in by_name("obs", obs).items()
+        }
+        n = len(actions)
+        self._proposed, self._executed = (np.empty((length, *actions.shape), actions.dtype) for _ in range(2))
+        self._risk, self._reward = np.empty((length, n), np.float32), np.empty((length, n), np.float32)
+        self._pictures: list[Sequence[Any] | None] = [None] * length
+
+    def add(
+        self, obs: Any, proposed: Any, executed: Any, risk: Any, reward: Any, pictures: Sequence[Any] | None
+    ) -> None:
+        self._head = head = (self._head + 1) % self.length
+        for name, array in by_name("obs", obs).items():
+            self._columns[name][head] = array
+        self._proposed[head], self._executed[head] = proposed, executed
+        self._risk[head], self._reward[head] = risk, reward
+        self._pictures[head] = pictures
+
+    def newest(self, i: int, count: int) -> dict[str, NDArray[Any]]:
+        """The last steps of one environment, oldest first, each array (count, ...)."""
+        index = np.arange(self._head + 1 - count, self._head + 1) % self.length
+        arrays = {name: column[index, i] for name, column in self._columns.items()}
+        arrays |= {"proposed": self._proposed[index, i], "executed": self._executed[index, i]}
+        arrays |= {"risk": self._risk[index, i], "reward": self._reward[index, i]}
+        pictures = [self._pictures[k] for k in index.tolist()]
+        frames = [np.asarray(each[i]) for each in pictures if each is not None]
+        if frames and len(frames) == count:
+            arrays["frames"] = np.stack(frames)
+        return arrays
+
+
+class Fact:
+    """Whether the catastrophe that a question asks about has happened in a step."""
+
+    def __init__(self, name: str, fact: Any, slots: Any) -> None:
+        self.name, self._seen = name, False
+        self._key: str = fact.format(**slots) if isinstance(fact, str) else ""
+        self._call: Callable[[Step], Any] | None = None
+        if not isinstance(fact, str):
+            given = {slot: slots[slot] for slot in fact_slots(fact) if slot in slots}
+            self._call = (lambda step: fact(step, **given)) if given else fact
+
+    def of(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> Bools | None:
+        """(n,), or None if it cannot be known: a key that has not been there once, or a callable that fails.
+
+        The facts of an answerer from a file that were callables are names in no ``info``.
+        """
+        if self._call is None:
+            values = [info.get(self._key) for info in arrival.infos]
+            if not self._seen:
+                self._seen = any(value is not None for value in values)
+            return np.array([bool(value) for value in values]) if self._seen else None
+        try:
+            return np.array([bool(self._call(step)) for step in self._steps(arrival, executed, env)])
+        except Exception as error:
+            if not self._seen:
+                self._seen = True
+                log.warning(
+                    "%s: the fact of the question raised %s: %s; where it does, terminations are recorded, not catastrophes",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
+            return None
+
+    def _steps(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> list[Step]:
+        """Steps in the environment's own units, as facts are about them."""
+        obs, rewards, done, terminated = (
+            arrival.obs,
+            arrival.rewards,
+            arrival.done.tolist(),
+            arrival.terminated.tolist(),
+        )
+        normalize = observation_normalizer(env)
+        if normalize is not None:
+            obs = normalize.unnormalize_obs(obs)
+            if normalize.norm_reward:
+                rewards = normalize.get_original_reward()
+        steps = []
+        for i, info in enumerate(arrival.infos):
+            arrived = row(obs, i)
+            if done[i] and "terminal_observation" in info:
+                arrived = info["terminal_observation"]
+                arrived = arrived if normalize is None else normalize.unnormalize_obs(arrived)
+            reward = float(info.get("qa/raw_reward", rewards[i]))
+            steps.append(Step(arrived, executed[i], reward, terminated[i], done[i] and not terminated[i], info))
+        return steps
+
+
+def seeds_in(env: Any, n: int) -> list[int | None] | None:
+    """What each environment's random numbers were seeded with, where they live in this process."""
+    inside = getattr(env, "unwrapped", None)
+    envs = [inside] if isinstance(inside, gym.Env) else getattr(inside, "envs", None)
+    if envs is None or len(envs) != n:
+        return None
+    seeds = [getattr(each.unwrapped, "np_random_seed", None) for each in envs]
+    return [None if seed is None or seed < 0 else int(seed) for seed in seeds]
+
+
+def frames_of(env: Any) -> Sequence[Any]:
+    """A picture of each environment."""
+    if isinstance(env, VecEnv):
+        return env.get_images()
+    picture = env.render()
+    return [picture] if isinstance(env, gym.Env) else picture
+
+
+def by_name(name: str, obs: Any) -> dict[str, NDArray[Any]]:
+    """Observations as arrays: a name for each part of Dict ones."""
+    if isinstance(obs, dict):
+        return {f"{name}/{key}": np.asarray(value) for key, value in obs.items()}
+    return {name: np.asarray(obs)}
