@@ -1,0 +1,129 @@
+"""What the flight recorder costs: steps of a veto with it against steps without, in turns, on one thread.
+
+    python tests/bench/recorder.py
+
+A step is the policy's predict and the environment's step with `VecVetoAction`; the answers are those of an untrained
+agent, and the threshold is set so that a given share of steps is flagged, however the agent happens to answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from overhead import QUESTIONS, Facts
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_qa import Question, QuestionAnswerer
+from sb3_qa.policies import qa_policy
+from sb3_qa.recorder import FlightRecorder
+from sb3_qa.truth import eventually
+from sb3_qa.wrappers import VecVetoAction
+
+LANDER = [
+    Question(
+        "Will I crash within 10 steps if I choose {action}?",
+        eventually(lambda step: step.terminated and step.reward <= -100, within=10),
+        name="crash",
+    ),
+    *QUESTIONS[:1],
+]
+CASES: dict[str, dict[str, Any]] = {
+    "CartPole-v1": dict(questions=QUESTIONS, wrapper=Facts),
+    "LunarLander-v3": dict(questions=LANDER, wrapper=None),
+}
+
+
+class Rollout:
+    """Environments that are stepped through in blocks, and the time that takes."""
+
+    def __init__(self, model: Any, env: Any) -> None:
+        self.model, self.env = model, env
+        self.obs = env.reset()
+        self.n_flagged = self.n_steps = 0
+
+    def steps(self, n: int) -> tuple[float, float]:
+        """Seconds by the clock and of the processor for ``n`` steps."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(n):
+            actions, _ = self.model.predict(self.obs)
+            self.obs, _, _, infos = self.env.step(actions)
+            self.n_flagged += sum(info["qa/catastrophe"] for info in infos)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.n_steps += n * self.env.num_envs
+        return wall, cpu
+
+
+def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> None:
+    """Print the ratios of one case."""
+    case = CASES[name]
+
+    def environment() -> Any:
+        return make_vec_env(name, n_envs, seed=0, wrapper_class=case["wrapper"])
+
+    model = PPO(qa_policy(PPO), environment(), seed=0, policy_kwargs=dict(questions=case["questions"]))
+    qa = QuestionAnswerer.from_model(model)
+    (question,) = [key for key in qa.questions if qa.catalogue.instances[key].per_action][:1]
+    head = qa.policy.qa_head
+    with torch.no_grad():  # so that the risk differs from state to state
+        head.flat.add_(0.1 * torch.randn(head.flat.shape, generator=torch.Generator().manual_seed(0)))
+    risks: list[float] = []
+    watched = VecVetoAction(environment(), question, 1.0, qa=qa, shadow=True)
+    seen = watched.reset()
+    for _ in range(4000 // n_envs):
+        seen, _, _, infos = watched.step(model.predict(seen)[0])
+        risks += [info["qa/risk"] for info in infos]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flight.sqlite"
+        threshold = float(np.quantile(risks, 1.0 - share)) if share else 1.0
+        arms = {
+            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa)),
+            "with": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa, record=FlightRecorder(path))),
+        }
+        for arm in arms.values():
+            arm.steps(block)
+        times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+        for n in range(blocks):
+            for arm in list(arms) if n % 2 else list(arms)[::-1]:
+                times[arm].append(arms[arm].steps(block))
+        arms["with"].env.close()
+        size = path.stat().st_size
+    flagged = arms["with"].n_flagged / arms["with"].n_steps
+    ratios = []
+    for which in (0, 1):
+        each = [a[which] / b[which] for a, b in zip(times["with"], times["without"], strict=True)]
+        total = sum(a[which] for a in times["with"]) / sum(b[which] for b in times["without"])
+        ratios.append(f"median {statistics.median(each):.4f}, of totals {total:.4f}")
+    step = 1e6 * statistics.median(b[1] for b in times["without"]) / block
+    print(
+        f"{n_envs} x {name}: {100 * flagged:.2f} % of steps flagged, {step:.0f} us a step of all without; with / without, processor: "
+        f"{ratios[1]}; clock: {ratios[0]}; {size / 1e6:.1f} MB for {arms['with'].n_flagged} flags",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--envs", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.01], help="of steps that are flagged")
+    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--block", type=int, default=250, help="steps of all environments")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.only:
+        for n_envs in args.envs:
+            for share in args.shares:
+                measure(name, n_envs, share, args.blocks, args.block)
+
+
+if __name__ == "__main__":
+    main()
