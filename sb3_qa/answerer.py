@@ -80,6 +80,19 @@ class Reading:
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
         return self._head.action_logits(self.hidden, actions)
 
+    def all_logits(self, index: NDArray[np.intp], actions: NDArray[Any] | None) -> tuple[Floats, Floats]:
+        """Of the states at ``index``: logits of the questions about states, (n, n_state), and of those about actions,
+        (n, m, n_logits - n_state).
+
+        :param actions: m candidates each, (n, m, *action_shape); None for all of a discrete space
+        """
+        hidden, space = self.hidden[index], self._policy.action_space
+        if self._head.action_features is None:
+            return self._head.state_logits(hidden), np.zeros((len(index), 0, 0), np.float32)
+        if actions is None:
+            actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(index), int(space.n)))
+        return self._head.state_logits(hidden), self._head.action_logits(hidden, actions)
+
     def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
         """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
         return self._head.step_logits(self.hidden, actions, after.hidden)

@@ -38,23 +38,25 @@ RETRY = 10.0  # seconds until a file that could not be written to is tried again
 WAIT = 5.0  # seconds to wait for another process that writes
 COMPRESSED_FROM = 4096  # bytes
 LOOK_EVERY = 16  # writes between looks at the size
+AT_ONCE = 100  # numbers of events that are taken at once, so that several processes do not wait for each other
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY AUTOINCREMENT, started REAL, process INTEGER, about TEXT);
 CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER, time REAL, env INTEGER, episode INTEGER, step INTEGER,
+    id INTEGER PRIMARY KEY, run INTEGER, time REAL, env INTEGER, episode INTEGER, step INTEGER,
     seed INTEGER, since_seed INTEGER, flagged INTEGER, vetoed INTEGER, let_through INTEGER, probability REAL,
     withheld INTEGER, no_safe_action INTEGER, catastrophe INTEGER, terminated INTEGER, truncated INTEGER,
     risk REAL, executed_risk REAL, proposed TEXT, executed TEXT, answers TEXT, compared BLOB, outcome INTEGER);
 CREATE TABLE IF NOT EXISTS chunks (
     event INTEGER, first INTEGER, length INTEGER, names TEXT, data BLOB, PRIMARY KEY (event, first)) WITHOUT ROWID;
-INSERT OR IGNORE INTO counts VALUES ('format', 1), ('dropped', 0), ('lost', 0);
+INSERT OR IGNORE INTO counts VALUES ('format', 1), ('dropped', 0), ('lost', 0), ('next', 1);
 """
 
 
 class Event(NamedTuple):
     """A step with a flag, a veto, a catastrophe, or (where it cannot be known what is one) a termination."""
 
+    id: int
     run: int
     time: float
     """Seconds since 1970, UTC."""
@@ -95,7 +97,6 @@ class Chunk(NamedTuple):
     """Some consecutive steps around an event."""
 
     event: int
-    """Its place in the batch, or ``~id`` of one written before."""
     first: int
     """Step of the episode."""
     length: int
@@ -109,7 +110,7 @@ class Batch:
         self.events: list[Event] = []
         self.chunks: list[Chunk] = []
         self.outcomes: list[tuple[int, int]] = []
-        """Of events written before: (1 if the catastrophe came within the question's horizon, 0 if not; id)."""
+        """(1 if the catastrophe came within the question's horizon, 0 if not; the event)."""
 
     def __bool__(self) -> bool:
         return bool(self.events or self.chunks or self.outcomes)
@@ -131,6 +132,8 @@ class FlightRecorder:
     :param after: steps kept after it
     :param max_mb: most megabytes (of 10^6 bytes) of the file; the oldest events are dropped, and counted
     :param frames: keep a picture of each of these steps, too: every step is rendered
+    :param delay: seconds that an event may wait to be committed, as it costs less to commit several at once; with 0 it is
+        in the file before the step returns
     :raises QAError: when an argument is out of range, or the file cannot be opened, or is not a flight record
     """
 
@@ -139,6 +142,7 @@ class FlightRecorder:
     after: int
     max_mb: float
     frames: bool
+    delay: float
     lost: int
     """Events that could not be written, since the last that could."""
 
@@ -150,6 +154,7 @@ class FlightRecorder:
         after: int = 10,
         max_mb: float = 256.0,
         frames: bool = False,
+        delay: float = 0.2,
     ) -> None:
         for name, value in (("before", before), ("after", after)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
@@ -158,6 +163,9 @@ class FlightRecorder:
                 )
         if isinstance(max_mb, bool) or not isinstance(max_mb, Real) or not 1.0 <= max_mb < float("inf"):
             raise QAError(f"FlightRecorder got max_mb={max_mb!r}; expected megabytes, at least 1; give e.g. 256")
+        if isinstance(delay, bool) or not isinstance(delay, Real) or not 0.0 <= delay < float("inf"):
+            raise QAError(f"FlightRecorder got delay={delay!r}; expected seconds, at least 0; give e.g. 0.2")
+        self.delay = float(delay)
         self.path = os.path.abspath(os.fspath(path))
         self.before, self.after, self.max_mb, self.frames = int(before), int(after), float(max_mb), bool(frames)
         self.lost = 0
@@ -177,9 +185,10 @@ class FlightRecorder:
         self._writes = 0
         self._wait_until = 0.0
         self._said = False
+        self._numbers = iter(range(0))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("path", "before", "after", "max_mb", "frames")
+        names = ("path", "before", "after", "max_mb", "frames", "delay")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -203,27 +212,48 @@ class FlightRecorder:
                 self._failed(error, 0)
                 return 0
 
-    def write(self, batch: Batch) -> list[int] | None:
+    def next_event(self) -> int:
+        """A number for an event, higher than those before; 0 if none can be had, and the event is lost."""
+        with self._lock:
+            number = next(self._numbers, 0)
+            if number:
+                return number
+            if not self._resting():
+                try:
+                    db = self._open()
+                    db.execute("BEGIN IMMEDIATE")
+                    (first,) = db.execute("SELECT value FROM counts WHERE name = 'next'").fetchone()
+                    db.execute("UPDATE counts SET value = ? WHERE name = 'next'", (first + AT_ONCE,))
+                    db.execute("COMMIT")
+                    self._numbers = iter(range(first, first + AT_ONCE))
+                    return next(self._numbers)
+                except sqlite3.Error as error:
+                    self._failed(error, 1)
+                    return 0
+            self.lost += 1
+            return 0
+
+    def write(self, batch: Batch) -> bool:
         """Write a batch, and commit it. It never raises because of the file: whoever vetoes goes on vetoing.
 
-        :return: the numbers of its events; None if they could not be written, which is logged, once
+        :return: whether it is written; that it could not be is logged, once
         """
         with self._lock:
-            if self._said and time.monotonic() < self._wait_until:
+            if self._resting():
                 self.lost += len(batch.events)
-                return None
+                return False
             try:
                 db = self._open()
                 try:
-                    ids = self._transaction(db, batch)
+                    self._transaction(db, batch)
                 except sqlite3.OperationalError as error:
                     if "full" not in str(error):
                         raise
                     self._make_room(db, 0.5)  # it is the limit, or else the disk
-                    ids = self._transaction(db, batch)
+                    self._transaction(db, batch)
             except sqlite3.Error as error:
                 self._failed(error, len(batch.events))
-                return None
+                return False
             if self._said:
                 log.warning("the flight record %s is written to again; %d events were lost", self.path, self.lost)
                 self._said = False
@@ -233,7 +263,7 @@ class FlightRecorder:
                 with suppress(sqlite3.Error):  # what was written is written; there is another time
                     if self._used(db) > 0.9 * self.max_mb * 1e6:
                         self._make_room(db, 0.8)
-            return ids
+            return True
 
     def close(self) -> None:
         """Close the file; it is opened again when something is written."""
@@ -245,29 +275,28 @@ class FlightRecorder:
                     self._failed(error, 0)
             self._connection = None
 
-    def _transaction(self, db: sqlite3.Connection, batch: Batch) -> list[int]:
+    def _transaction(self, db: sqlite3.Connection, batch: Batch) -> None:
         db.execute("BEGIN IMMEDIATE")
         try:
-            ids = [int(db.execute(_INSERT, event).lastrowid or 0) for event in batch.events]
-            for event, first, length, arrays in batch.chunks:
-                row = (
-                    ~event if event < 0 else ids[event],
-                    first,
-                    length,
-                    json.dumps(list(arrays)),
-                    pack(arrays.values()),
-                )
-                db.execute("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?)", row)
+            db.executemany(_INSERT, batch.events)
+            chunks = [
+                (event, first, length, json.dumps(list(arrays)), pack(arrays.values()))
+                for event, first, length, arrays in batch.chunks
+            ]
+            db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?)", chunks)
             if batch.outcomes:
                 db.executemany("UPDATE events SET outcome = ? WHERE id = ?", batch.outcomes)
             if self.lost:
                 db.execute("UPDATE counts SET value = value + ? WHERE name = 'lost'", (self.lost,))
             db.execute("COMMIT")
-        except sqlite3.Error:
+        except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        return ids
+
+    def _resting(self) -> bool:
+        """Whether the file could not be written to a moment ago."""
+        return self._said and time.monotonic() < self._wait_until
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None and self._process == os.getpid():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
+import math
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,23 +20,18 @@ from sb3_qa.errors import QAError
 from sb3_qa.questions import Choice
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack
 from sb3_qa.wrappers.judged import Judged
-from sb3_qa.wrappers.shell import Arrival, plain, row
-from sb3_qa.wrappers.surroundings import Fact, Ring, by_name, frames_of, seeds_in
+from sb3_qa.wrappers.shell import Arrival, row
+from sb3_qa.wrappers.surroundings import Fact, Ring, by_name, environments_in, frames_of, seed_of
 
 __all__ = ["Evidence"]
 
 Bools = NDArray[np.bool_]
 
-log = logging.getLogger(__name__)
-
-FLUSH = 1.0  # seconds that steps after an event may wait for the next commit
-
 
 class Evidence:
     """Keeps the last steps of every environment in memory, and writes them down around each event.
 
-    The event is committed before the step returns; the steps after it follow with the next commit, a second later at most
-    while steps are taken.
+    What is written is committed with a delay of :attr:`FlightRecorder.delay`, in the course of a step.
 
     :param name: of the wrapper
     :param recorder: where to write
@@ -47,9 +41,8 @@ class Evidence:
     def __init__(self, name: str, recorder: FlightRecorder, question: str, about: dict[str, Any]) -> None:
         self.name, self.recorder, self.question, self.about = name, recorder, question, about
         self.env: Any = None
+        self._inside: list[Any] | None = None
         self._run: int | None = None
-        self._n = 0
-        self._ring: Ring | None = None
         self._pictures: Sequence[Any] | None = None
         self._to_be_seeded: int | None = None
         self._begin_anew(0)
@@ -57,17 +50,18 @@ class Evidence:
 
     def _begin_anew(self, n: int) -> None:
         self._n = n
-        self._ring = None
+        self._ring: Ring | None = None
         self._batch = Batch()
         self._waiting_since = 0.0
+        self._now = 0  # steps taken; those of an episode are counted from its start
+        self._start = [0] * n
         self._episode = [-1] * n
-        self._elapsed = np.zeros(n, np.int64)
         self._seeds: list[int | None] = [None] * n
         self._since_seed = [0] * n
-        self._written = [-1] * n  # the last step of the episode that is written
-        self._until: dict[int, int] = {}  # of an environment in the steps after an event, the last of them
+        self._written = [0] * n  # steps that are written down, or are not wanted
+        self._until: dict[int, int] = {}  # of environments that an event has happened in, how long to write on
         self._newest: dict[int, int] = {}  # and the number of that event
-        self._open_outcomes: dict[int, deque[tuple[int, int]]] = {}  # of flags that nothing has come of yet: id, step
+        self._open_flags: dict[int, list[tuple[int, int]]] = {}  # that nothing has come of yet: number and time
 
     def bind(self, qa: QuestionAnswerer) -> None:
         """Find out how to ask, and what a catastrophe is."""
@@ -76,8 +70,7 @@ class Evidence:
         keys = qa.catalogue.instances
         self._about_state = [key for key, each in keys.items() if not each.per_action]
         self._about_action = [key for key, each in keys.items() if each.per_action]
-        self._state_values = qa.values(self._about_state)
-        self._action_values = qa.values(self._about_action)
+        self._values = qa.values([*self._about_state, *self._about_action])
         self._options = {
             key: each.question.answer.options for key, each in keys.items() if isinstance(each.question.answer, Choice)
         }
@@ -94,6 +87,7 @@ class Evidence:
         :raises QAError: when frames are wanted and it does not render any
         """
         self.env = env
+        self._inside = environments_in(env)
         waiting = getattr(
             getattr(env, "unwrapped", None), "_seeds", None
         )  # given to SB3's environments, for the next reset
@@ -114,19 +108,20 @@ class Evidence:
         """Episodes begin in the environments at ``index`` of ``n``."""
         if n != self._n:
             self._begin_anew(n)
-        seeds, given = seeds_in(self.env, n), self._to_be_seeded
+        given = self._to_be_seeded
         if given is not None and len(index) == n:
             self._seeds, self._since_seed, self._to_be_seeded = [given + i for i in range(n)], [-1] * n, None
         for i in index.tolist():
-            if self._elapsed[i] or self._episode[i] < 0:  # a reset after a reset begins no other episode
-                self._finish(i, int(self._elapsed[i]) - 1, None)
+            if self._now > self._start[i] or self._episode[i] < 0:  # a reset after a reset begins no other episode
+                self._finish(i, None)
                 self._episode[i] += 1
                 self._since_seed[i] += 1
-            if seeds is not None and seeds[i] != self._seeds[i]:
-                self._seeds[i], self._since_seed[i] = seeds[i], 0
+            seed = None if self._inside is None else seed_of(self._inside[i])
+            if seed is not None and seed != self._seeds[i]:
+                self._seeds[i], self._since_seed[i] = seed, 0
             self._since_seed[i] = max(self._since_seed[i], 0)
-            self._elapsed[i], self._written[i] = 0, -1
-            self._open_outcomes.pop(i, None)
+            self._start[i] = self._written[i] = self._now
+            self._open_flags.pop(i, None)
 
     def look(self) -> None:
         """Take the pictures of the states that are about to be acted in."""
@@ -145,34 +140,30 @@ class Evidence:
             self._ring = Ring(max(self.recorder.before + 1, self.recorder.after, 1), obs, judged.proposed)
         self._ring.add(obs, judged.proposed, executed, judged.risk, arrival.rewards, self._pictures)
         happened = self._fact.of(arrival, executed, self.env)
-        if happened is None:  # nobody knows what a catastrophe is: terminations stand for them
-            events = judged.flagged | arrival.terminated
-        else:
-            events = judged.flagged | happened
-        if events.any():
-            self._record(np.flatnonzero(events), here, judged, executed, arrival, happened)
-        for i in list(self._open_outcomes):
-            came = None if happened is None else bool(happened[i])
-            self._settle(i, came, bool(arrival.done[i]), bool(arrival.terminated[i]))
-        for i, until in list(self._until.items()):
-            if arrival.done[i]:
-                self._finish(i, int(self._elapsed[i]), row(arrival.last_obs(np.array([i])), 0))
-            elif self._elapsed[i] >= until:
-                self._finish(i, int(self._elapsed[i]), None)
-        self._elapsed += 1
-        if self._batch and time.monotonic() - self._waiting_since > FLUSH:
+        self._now += 1
+        # Where nobody knows what a catastrophe is, terminations stand for them.
+        bad = arrival.terminated if happened is None else happened
+        if judged.any_flagged or bad.any():
+            self._record(np.flatnonzero(judged.flagged | bad), here, judged, executed, arrival, happened)
+        if self._open_flags:
+            self._settle(happened, arrival)
+        if self._until:
+            done = arrival.done.tolist()
+            for i in [i for i, until in self._until.items() if until <= self._now or done[i]]:
+                self._finish(i, _last_obs(arrival, i) if done[i] else None)
+        if self._batch and time.monotonic() - self._waiting_since >= self.recorder.delay:
             self.flush()
 
-    def flush(self) -> list[int]:
-        """Commit what is waiting; the numbers of its events."""
+    def flush(self) -> None:
+        """Commit what is waiting."""
         batch, self._batch = self._batch, Batch()
-        self._waiting_since = time.monotonic()
-        return (self.recorder.write(batch) or []) if batch else []
+        if batch:
+            self.recorder.write(batch)
 
     def close(self) -> None:
         """Write down what is known, and close the file."""
         for i in list(self._until):
-            self._finish(i, int(self._elapsed[i]) - 1, None)
+            self._finish(i, None)
         self.flush()
         self.recorder.close()
 
@@ -191,101 +182,102 @@ class Evidence:
         now, decision = time.time(), judged.decision
         answers, compared = self._answers(rows, here, judged, executed)
         for j, i in enumerate(rows.tolist()):
+            number = self.recorder.next_event()
+            if not number:
+                continue
             risks = judged.risks[i] if judged.risks is not None else judged.risk[i : i + 1]
-            vetoed, info, done = bool(judged.vetoed[i]), arrival.infos[i], bool(arrival.done[i])
+            info, done, terminated = arrival.infos[i], bool(arrival.done[i]), bool(arrival.terminated[i])
+            flagged, vetoed = bool(judged.flagged[i]), bool(judged.vetoed[i])
             event = Event(
-                run=self._run,
-                time=now,
+                number,
+                self._run,
+                now,
                 env=i,
                 episode=self._episode[i],
-                step=int(self._elapsed[i]),
+                step=self._now - 1 - self._start[i],
                 seed=self._seeds[i],
                 since_seed=self._since_seed[i],
-                flagged=bool(judged.flagged[i]),
+                flagged=flagged,
                 vetoed=info["qa/vetoed"],
                 let_through=decision is not None and bool(decision.let_through[i]),
                 probability=float(not vetoed) if decision is None else float(decision.probability[i]),
                 withheld=decision is not None and bool(decision.withheld[i]),
                 no_safe_action=bool(judged.unsafe[i]),
                 catastrophe=None if happened is None else bool(happened[i]),
-                terminated=bool(arrival.terminated[i]),
-                truncated=done and not arrival.terminated[i],
-                risk=_finite(judged.risk[i]),
+                terminated=terminated,
+                truncated=done and not terminated,
+                risk=_finite(float(judged.risk[i])),
                 executed_risk=_finite(info[f"qa/{self.question}"]) if self._risk_is_told else None,
-                proposed=_json(plain(judged.proposed[i])),
-                executed=_json(plain(executed[i])),
+                proposed=_json(info["qa/proposed_action"]),
+                executed=_json(info["qa/executed_action"]),
                 answers=_json(answers[j]),
                 compared=pack([risks] if compared is None else [risks, compared[j]]),
             )
+            if not self._batch:
+                self._waiting_since = time.monotonic()
             self._batch.events.append(event)
-            last = row(arrival.last_obs(np.array([i])), 0) if done else None
-            self._write_steps(i, int(self._elapsed[i]), len(self._batch.events) - 1, last)
-        for i, number in zip(rows.tolist(), self.flush(), strict=False):  # none, if they could not be written
-            step = int(self._elapsed[i])
-            if not arrival.done[i]:
-                self._until[i], self._newest[i] = step + self.recorder.after, number
-            if judged.flagged[i] and self._horizon is not None:
-                self._open_outcomes.setdefault(i, deque()).append((number, step))
+            self._write_steps(i, number, _last_obs(arrival, i) if done else None)
+            self._until[i], self._newest[i] = self._now + self.recorder.after, number
+            if flagged and self._horizon is not None:
+                self._open_flags.setdefault(i, []).append((number, self._now))
 
     def _answers(
         self, rows: NDArray[np.intp], here: Reading, judged: Judged, executed: NDArray[Any]
     ) -> tuple[list[dict[str, Any]], NDArray[Any] | None]:
         """Answers to all questions, and the actions (len(rows), m, ...) that those about actions were asked of; None for all."""
-        part = here.part(rows)
-        answers: list[dict[str, Any]] = [{} for _ in rows]
-        if self._about_state:
-            for given, values in zip(answers, self._state_values.of_states(part).tolist(), strict=True):
-                given.update(zip(self._about_state, values, strict=True))
         compared = None if judged.options is None else np.array(judged.options[rows])
         if compared is None and not self._listed:
             compared = np.stack([judged.proposed[rows], executed[rows]], axis=1)
+        about_state, about_action = self._values.of_states_and_actions(here, rows, compared)
+        answers = [dict(zip(self._about_state, values, strict=True)) for values in about_state.tolist()]
         if self._about_action:
-            table = np.moveaxis(self._action_values.of_actions(part, compared), -1, 1)
-            for given, values in zip(answers, table.tolist(), strict=True):
+            for given, values in zip(answers, about_action.swapaxes(1, 2).tolist(), strict=True):
                 given.update(zip(self._about_action, values, strict=True))
         for key, options in self._options.items():
             for given in answers:
                 given[key] = _named(options, given[key])
         return answers, compared
 
-    def _finish(self, i: int, step: int, last: Any) -> None:
+    def _finish(self, i: int, last: Any) -> None:
         """Write down the steps after an event."""
         if self._until.pop(i, None) is not None:
-            self._write_steps(i, step, ~self._newest.pop(i), last)
+            self._write_steps(i, self._newest.pop(i), last)
 
-    def _write_steps(self, i: int, step: int, event: int, last: Any) -> None:
-        """Write down what is not yet written of the steps up to ``step``, the newest; and the state that ended the episode."""
+    def _write_steps(self, i: int, event: int, last: Any) -> None:
+        """Write down those of the newest steps that are not yet written, and the state that ended the episode."""
         assert self._ring is not None
-        reach = self._ring.length if i in self._until or event < 0 else self.recorder.before + 1
-        first = max(self._written[i] + 1, step + 1 - reach, 0)
-        arrays = self._ring.newest(i, step + 1 - first) if first <= step else {}
+        reach = self._ring.length if i in self._until else self.recorder.before + 1
+        first = max(self._written[i], self._now - reach)
+        arrays = self._ring.newest(i, self._now - first) if first < self._now else {}
         if last is not None:
             arrays |= by_name("last", last)
         if arrays:
             if not self._batch:
                 self._waiting_since = time.monotonic()
-            self._batch.chunks.append(Chunk(event, first, step + 1 - first, arrays))
-        self._written[i] = step
+            self._batch.chunks.append(Chunk(event, first - self._start[i], self._now - first, arrays))
+        self._written[i] = self._now
 
-    def _settle(self, i: int, came: bool | None, done: bool, terminated: bool) -> None:
+    def _settle(self, happened: Bools | None, arrival: Arrival) -> None:
         """What came of the flags: whether the question's event came within its horizon."""
         assert self._horizon is not None
-        step, flags = int(self._elapsed[i]), self._open_outcomes[i]
-        still: deque[tuple[int, int]] = deque()
-        for number, at in flags:
-            over = step - at + 1 >= self._horizon
-            if came is None:
-                continue
-            if came and (over or not self._exactly):
-                self._batch.outcomes.append((1, number))
-            elif over or terminated:  # a termination ends the future; a time limit leaves it unknown
-                self._batch.outcomes.append((0, number))
-            elif not done:
-                still.append((number, at))
-        if still:
-            self._open_outcomes[i] = still
-        else:
-            del self._open_outcomes[i]
+        if happened is None:
+            self._open_flags.clear()
+            return
+        outcomes = self._batch.outcomes
+        for i, flags in list(self._open_flags.items()):
+            still = []
+            for number, at in flags:
+                over = self._now - at + 1 >= self._horizon
+                if happened[i] and (over or not self._exactly):
+                    outcomes.append((1, number))
+                elif over or arrival.terminated[i]:  # a termination ends the future; a time limit leaves it unknown
+                    outcomes.append((0, number))
+                elif not arrival.done[i]:
+                    still.append((number, at))
+            if still:
+                self._open_flags[i] = still
+            else:
+                del self._open_flags[i]
 
 
 _CLOSE_AT_EXIT: weakref.WeakSet[Evidence] = weakref.WeakSet()
@@ -304,12 +296,18 @@ def _named(options: Sequence[Any], index: Any) -> Any:
     return options[int(index)] if np.isfinite(index) else None
 
 
-def _finite(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _last_obs(arrival: Arrival, i: int) -> Any:
+    return row(arrival.last_obs(np.array([i])), 0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _json(value: Any) -> str:
     """Strict JSON: what is not finite becomes null."""
+    if type(value) is int:
+        return str(value)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     try:

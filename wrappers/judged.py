@@ -25,6 +25,7 @@ class Judged(NamedTuple):
     risk: Floats
     """(n,), of the proposed actions."""
     flagged: Bools
+    any_flagged: bool
     vetoed: Bools
     unsafe: Bools
     """No action is under the threshold."""

@@ -15,7 +15,7 @@ from sb3_qa.answerer import observation_normalizer
 from sb3_qa.truth import Step, fact_slots
 from sb3_qa.wrappers.shell import Arrival, row
 
-__all__ = ["Fact", "Ring", "by_name", "frames_of", "seeds_in"]
+__all__ = ["Fact", "Ring", "by_name", "environments_in", "frames_of", "seed_of"]
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,11 @@ class Ring:
         self, obs: Any, proposed: Any, executed: Any, risk: Any, reward: Any, pictures: Sequence[Any] | None
     ) -> None:
         self._head = head = (self._head + 1) % self.length
-        for name, array in by_name("obs", obs).items():
-            self._columns[name][head] = array
+        if isinstance(obs, dict):
+            for name, array in obs.items():
+                self._columns[f"obs/{name}"][head] = array
+        else:
+            self._columns["obs"][head] = obs
         self._proposed[head], self._executed[head] = proposed, executed
         self._risk[head], self._reward[head] = risk, reward
         self._pictures[head] = pictures
@@ -64,6 +67,7 @@ class Fact:
 
     def __init__(self, name: str, fact: Any, slots: Any) -> None:
         self.name, self._seen = name, False
+        self._none: Bools = np.zeros(0, np.bool_)
         self._key: str = fact.format(**slots) if isinstance(fact, str) else ""
         self._call: Callable[[Step], Any] | None = None
         if not isinstance(fact, str):
@@ -76,10 +80,13 @@ class Fact:
         The facts of an answerer from a file that were callables are names in no ``info``.
         """
         if self._call is None:
-            values = [info.get(self._key) for info in arrival.infos]
+            key = self._key
+            values = [info.get(key) for info in arrival.infos]
             if not self._seen:
                 self._seen = any(value is not None for value in values)
-            return np.array([bool(value) for value in values]) if self._seen else None
+                if not self._seen:
+                    return None
+            return np.array([bool(value) for value in values]) if any(values) else self._nowhere(len(values))
         try:
             return np.array([bool(self._call(step)) for step in self._steps(arrival, executed, env)])
         except Exception as error:
@@ -92,6 +99,11 @@ class Fact:
                     error,
                 )
             return None
+
+    def _nowhere(self, n: int) -> Bools:
+        if len(self._none) != n:
+            self._none = np.zeros(n, np.bool_)
+        return self._none
 
     def _steps(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> list[Step]:
         """Steps in the environment's own units, as facts are about them."""
@@ -117,14 +129,19 @@ class Fact:
         return steps
 
 
-def seeds_in(env: Any, n: int) -> list[int | None] | None:
-    """What each environment's random numbers were seeded with, where they live in this process."""
+def environments_in(env: Any) -> list[Any] | None:
+    """The environments themselves, where they live in this process."""
     inside = getattr(env, "unwrapped", None)
-    envs = [inside] if isinstance(inside, gym.Env) else getattr(inside, "envs", None)
-    if envs is None or len(envs) != n:
-        return None
-    seeds = [getattr(each.unwrapped, "np_random_seed", None) for each in envs]
-    return [None if seed is None or seed < 0 else int(seed) for seed in seeds]
+    if isinstance(inside, gym.Env):
+        return [inside]
+    envs = getattr(inside, "envs", None)
+    return None if envs is None else [each.unwrapped for each in envs]
+
+
+def seed_of(env: Any) -> int | None:
+    """What an environment's random numbers were seeded with."""
+    seed = getattr(env, "np_random_seed", None)
+    return None if seed is None or seed < 0 else int(seed)
 
 
 def frames_of(env: Any) -> Sequence[Any]:

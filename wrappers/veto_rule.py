@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.questions import YesNo
 from sb3_qa.recorder import FlightRecorder
@@ -62,6 +62,7 @@ class VetoRule(AnswerRule):
     _listed: NDArray[Any] | None
     _judged: Judged | None
     _possible: Bools | None
+    _here: Reading | None
     _arrived: Any
     _ended: Bools
     _warned: bool
@@ -123,6 +124,7 @@ class VetoRule(AnswerRule):
         self.space = spaces.Discrete(1)
         self._listed = None
         self._judged = None
+        self._here = None  # what the risks of this step were read from
         self._possible = None  # actions the environment allows in this step, where it was asked
         self._arrived = None  # the observations of the last step, and where an episode ended in it
         self._ended = np.zeros(0, np.bool_)
@@ -179,9 +181,10 @@ class VetoRule(AnswerRule):
     def risk(self, actions: NDArray[Any] | None) -> Floats:
         """Risk (n,) of actions, or (n, m) of candidates or of all actions."""
         assert self.values is not None
+        here = self._here = self.here
         if self.values.any_action:
-            return self.values.of_actions(self.here, actions)[..., 0]
-        return self.values.of_states(self.here)[:, 0]
+            return self.values.of_actions(here, actions)[..., 0]
+        return self.values.of_states(here)[:, 0]
 
     def begin(self, index: NDArray[np.intp]) -> list[Info]:
         n = len(self.here)
@@ -235,10 +238,19 @@ class VetoRule(AnswerRule):
             substitute_flagged = vetoed & is_catastrophe(self.risk(executed), self.threshold)
         self._possible = None
         if self.evidence is not None:
-            self._here = self.here  # still at hand when the step has been taken
             self.evidence.look()
         self._judged = Judged(
-            actions, executed, risk, flagged, vetoed, unsafe, options, risks, substitute_flagged, decision
+            actions,
+            executed,
+            risk,
+            flagged,
+            bool(len(rows)),
+            vetoed,
+            unsafe,
+            options,
+            risks,
+            substitute_flagged,
+            decision,
         )
         return executed
 
@@ -312,7 +324,7 @@ class VetoRule(AnswerRule):
         self._ended |= arrival.done
         self._arrived = arrival.obs
         if self.evidence is not None:
-            self.evidence.arrive(self._here, self.obs, judged, executed, arrival)
+            self.evidence.arrive(self._here or self.here, self.obs, judged, executed, arrival)
 
     @property
     def _about_action(self) -> bool:

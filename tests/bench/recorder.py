@@ -9,6 +9,7 @@ agent, and the threshold is set so that a given share of steps is flagged, howev
 from __future__ import annotations
 
 import argparse
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -21,31 +22,39 @@ from overhead import QUESTIONS, Facts
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_qa import Question, QuestionAnswerer
+from sb3_qa import Number, Question, QuestionAnswerer
 from sb3_qa.policies import qa_policy
 from sb3_qa.recorder import FlightRecorder
-from sb3_qa.truth import eventually
+from sb3_qa.truth import eventually, now
 from sb3_qa.wrappers import VecVetoAction
 
 LANDER = [
+    Question("Am I low?", now(lambda step: bool(step.obs[1] < 0.5)), name="low"),
+    Question("How fast do I fall?", now(lambda step: step.obs[3]), answer=Number(-3, 3), name="fall_speed"),
     Question(
         "Will I crash within 10 steps if I choose {action}?",
         eventually(lambda step: step.terminated and step.reward <= -100, within=10),
         name="crash",
     ),
-    *QUESTIONS[:1],
 ]
+
+
+def upright(obs: Any) -> Any:
+    """Actions that keep the pole up, as a trained agent's would: an untrained one falls every 22 steps."""
+    return (obs[:, 2] + 0.3 * obs[:, 3] + 0.02 * obs[:, 0] > 0).astype(np.int64)
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "CartPole-v1": dict(questions=QUESTIONS, wrapper=Facts),
-    "LunarLander-v3": dict(questions=LANDER, wrapper=None),
+    "CartPole-v1": dict(questions=QUESTIONS, wrapper=Facts, steady=upright),
+    "LunarLander-v3": dict(questions=LANDER, wrapper=None, steady=None),
 }
 
 
 class Rollout:
     """Environments that are stepped through in blocks, and the time that takes."""
 
-    def __init__(self, model: Any, env: Any) -> None:
-        self.model, self.env = model, env
+    def __init__(self, model: Any, env: Any, steady: Any = None) -> None:
+        self.model, self.env, self.steady = model, env, steady
         self.obs = env.reset()
         self.n_flagged = self.n_steps = 0
 
@@ -54,6 +63,8 @@ class Rollout:
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(n):
             actions, _ = self.model.predict(self.obs)
+            if self.steady is not None:
+                actions = self.steady(self.obs)
             self.obs, _, _, infos = self.env.step(actions)
             self.n_flagged += sum(info["qa/catastrophe"] for info in infos)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -78,14 +89,16 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
     watched = VecVetoAction(environment(), question, 1.0, qa=qa, shadow=True)
     seen = watched.reset()
     for _ in range(4000 // n_envs):
-        seen, _, _, infos = watched.step(model.predict(seen)[0])
+        seen, _, _, infos = watched.step(case["steady"](seen) if case["steady"] else model.predict(seen)[0])
         risks += [info["qa/risk"] for info in infos]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flight.sqlite"
         threshold = float(np.quantile(risks, 1.0 - share)) if share else 1.0
         arms = {
-            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa)),
-            "with": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa, record=FlightRecorder(path))),
+            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa), case["steady"]),
+            "with": Rollout(
+                model, VecVetoAction(environment(), question, threshold, qa=qa, record=FlightRecorder(path))
+            ),
         }
         for arm in arms.values():
             arm.steps(block)
@@ -95,6 +108,7 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
                 times[arm].append(arms[arm].steps(block))
         arms["with"].env.close()
         size = path.stat().st_size
+        n_events = len(sqlite3.connect(path).execute("SELECT id FROM events").fetchall())
     flagged = arms["with"].n_flagged / arms["with"].n_steps
     ratios = []
     for which in (0, 1):
@@ -104,7 +118,7 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
     step = 1e6 * statistics.median(b[1] for b in times["without"]) / block
     print(
         f"{n_envs} x {name}: {100 * flagged:.2f} % of steps flagged, {step:.0f} us a step of all without; with / without, processor: "
-        f"{ratios[1]}; clock: {ratios[0]}; {size / 1e6:.1f} MB for {arms['with'].n_flagged} flags",
+        f"{ratios[1]}; clock: {ratios[0]}; {size / 1e6:.1f} MB for {n_events} events of {arms['with'].n_flagged} flags",
         flush=True,
     )
 
