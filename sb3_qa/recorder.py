@@ -388,9 +388,10 @@ def pack(arrays: Any) -> bytes:
 
 
 def unpack(names: Sequence[str], data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of :func:`pack`, by name."""
-    file = io.BytesIO(data if data[:6] == b"\x93NUMPY" else zlib.decompress(data))
-    return {name: np.load(file, allow_pickle=False) for name in names}
+    """The arrays of :func:`pack` by name; the last names may be of none."""
+    data = data if data[:6] == b"\x93NUMPY" else zlib.decompress(data)
+    file = io.BytesIO(data)
+    return {name: np.load(file, allow_pickle=False) for name in names if file.tell() < len(data)}
 
 
 @lru_cache(maxsize=1024)

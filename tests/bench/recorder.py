@@ -94,11 +94,10 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flight.sqlite"
         threshold = float(np.quantile(risks, 1.0 - share)) if share else 1.0
+        recorder, steady = FlightRecorder(path), case["steady"]
         arms = {
-            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa), case["steady"]),
-            "with": Rollout(
-                model, VecVetoAction(environment(), question, threshold, qa=qa, record=FlightRecorder(path))
-            ),
+            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa), steady),
+            "with": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa, record=recorder), steady),
         }
         for arm in arms.values():
             arm.steps(block)
