@@ -95,9 +95,11 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
         path = Path(folder) / "flight.sqlite"
         threshold = float(np.quantile(risks, 1.0 - share)) if share else 1.0
         recorder, steady = FlightRecorder(path), case["steady"]
+        # In shadow mode, or else the vetoes would change how much is flagged.
+        watching: dict[str, Any] = dict(question=question, threshold=threshold, qa=qa, shadow=True)
         arms = {
-            "without": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa), steady),
-            "with": Rollout(model, VecVetoAction(environment(), question, threshold, qa=qa, record=recorder), steady),
+            "without": Rollout(model, VecVetoAction(environment(), **watching), steady),
+            "with": Rollout(model, VecVetoAction(environment(), record=recorder, **watching), steady),
         }
         for arm in arms.values():
             arm.steps(block)
