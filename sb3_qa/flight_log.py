@@ -183,7 +183,9 @@ class FlightLog:
         pieces = [piece for piece in pieces if "risk" in piece]
         if not pieces or upto is None or upto <= event.step:
             return None
-        names_of_all = [name for name in pieces[0] if all(name in piece for piece in pieces)]
+        names_of_all = [
+            name for name in pieces[0] if all(name in piece for piece in pieces) and not name.startswith("last")
+        ]
         whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in names_of_all}
         low = 0 if before is None else event.step - before
         high = upto if after is None else event.step + after + 1
@@ -228,6 +230,7 @@ def _event(row: Any) -> FlightEvent:
         found[name] = None if found[name] is None else bool(found[name])
     for name in ("proposed", "executed", "answers"):
         found[name] = json.loads(found[name])
+    found["seed"] = None if found["seed"] is None else int(found["seed"])
     arrays = unpack(("risks", "actions"), found.pop("compared"))
     return FlightEvent(**found, risks=arrays["risks"], actions=arrays.get("actions"))
 

@@ -44,7 +44,7 @@ CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL
 CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY AUTOINCREMENT, started REAL, process INTEGER, about TEXT);
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, run INTEGER, time REAL, env INTEGER, episode INTEGER, step INTEGER,
-    seed INTEGER, since_seed INTEGER, flagged INTEGER, vetoed INTEGER, let_through INTEGER, probability REAL,
+    seed TEXT, since_seed INTEGER, flagged INTEGER, vetoed INTEGER, let_through INTEGER, probability REAL,
     withheld INTEGER, no_safe_action INTEGER, catastrophe INTEGER, terminated INTEGER, truncated INTEGER,
     risk REAL, executed_risk REAL, proposed TEXT, executed TEXT, answers TEXT, compared BLOB, outcome INTEGER);
 CREATE TABLE IF NOT EXISTS chunks (
@@ -65,8 +65,8 @@ class Event(NamedTuple):
     """Of this environment in this run, from 0."""
     step: int
     """Of the episode, from 0: the decision that was judged."""
-    seed: int | None
-    """What the environment was last seeded with."""
+    seed: str | None
+    """What the environment was last seeded with; its own choice may have more than 64 bits."""
     since_seed: int
     """Episodes that have ended since."""
     flagged: bool
@@ -251,7 +251,7 @@ class FlightRecorder:
                         raise
                     self._make_room(db, 0.5)  # it is the limit, or else the disk
                     self._transaction(db, batch)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OverflowError) as error:
                 self._failed(error, len(batch.events))
                 return False
             if self._said:
@@ -352,7 +352,7 @@ class FlightRecorder:
             db.execute("UPDATE counts SET value = value + ? WHERE name = 'dropped'", (dropped,))
             db.execute("COMMIT")
 
-    def _failed(self, error: sqlite3.Error, n_events: int) -> None:
+    def _failed(self, error: Exception, n_events: int) -> None:
         self.lost += n_events
         self._wait_until = time.monotonic() + RETRY
         if not self._said:
@@ -381,7 +381,7 @@ def pack(arrays: Any) -> bytes:
     """Arrays as npy bytes, one after the other; compressed (zlib) where they are many."""
     parts = []
     for array in arrays:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         parts += [_header(array.dtype.str, array.shape), array.tobytes()]
     data = b"".join(parts)
     return zlib.compress(data, 1) if len(data) >= COMPRESSED_FROM else data

@@ -111,7 +111,9 @@ class TestNoSafeAction:
 
     def test_against_asking_about_each(self, qa):
         found = {True: 0, False: 0}
-        for moment in [m for ms in run_vec(VecVetoAction(toys(3), "crash[k=3]", 0.3, qa=qa), ACTIONS) for m in steps(ms)]:
+        for moment in [
+            m for ms in run_vec(VecVetoAction(toys(3), "crash[k=3]", 0.3, qa=qa), ACTIONS) for m in steps(ms)
+        ]:
             unsafe = bool((qa.ask("crash[k=3]", batch(moment.before)).probability >= 0.3).all())
             assert moment.told["qa/no_safe_action"] is unsafe
             found[unsafe] += 1
@@ -148,8 +150,9 @@ class TestRefine:
     SPACE = spaces.Box(np.float32([-2, 0, 5]), np.float32([2, 10, 6]))
 
     @pytest.fixture(scope="class")
-    def qa(self):
-        return QuestionAnswerer.from_model(make_model(toys(action_space=self.SPACE), questions=RUIN))
+    @classmethod
+    def qa(cls):
+        return QuestionAnswerer.from_model(make_model(toys(action_space=cls.SPACE), questions=RUIN))
 
     def test_the_gradient_is_that_of_the_risk(self, qa):
         obs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -293,7 +296,10 @@ class TestLetThrough:
         qa = make_qa(action_space=space)
         actions = np.random.default_rng(0).uniform(-1, 1, (30, 2)).astype(np.float32)
         runs = [
-            [m.told for m in steps(run_single(VetoAction(Toy(space), "crash[k=3]", 0.0, let_through=p, qa=qa), actions))]
+            [
+                m.told
+                for m in steps(run_single(VetoAction(Toy(space), "crash[k=3]", 0.0, let_through=p, qa=qa), actions))
+            ]
             for p in (0.0, 0.3)
         ]
         through = [told["qa/let_through"] for told in runs[1]]

@@ -195,7 +195,7 @@ class Evidence:
                 env=i,
                 episode=self._episode[i],
                 step=self._now - 1 - self._start[i],
-                seed=self._seeds[i],
+                seed=None if self._seeds[i] is None else str(self._seeds[i]),
                 since_seed=self._since_seed[i],
                 flagged=flagged,
                 vetoed=info["qa/vetoed"],
@@ -240,8 +240,9 @@ class Evidence:
 
     def _finish(self, i: int, last: Any) -> None:
         """Write down the steps after an event."""
-        if self._until.pop(i, None) is not None:
+        if i in self._until:
             self._write_steps(i, self._newest.pop(i), last)
+            del self._until[i]
 
     def _write_steps(self, i: int, event: int, last: Any) -> None:
         """Write down those of the newest steps that are not yet written, and the state that ended the episode."""
