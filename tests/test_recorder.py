@@ -5,13 +5,13 @@ import logging
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from pathlib import Path
+import traceback
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -26,10 +26,35 @@ from sb3_qa.flight_log import FlightLog
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack, unpack
 from sb3_qa.truth import after, eventually
 from sb3_qa.wrappers import VecVetoAction, VetoAction
+from sb3_qa.wrappers import evidence as evidence_module
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 PARTS = spaces.Dict({"a": VECTOR, "b": spaces.Box(-10, 10, (2, 3), np.float32)})
-FLYING = str(Path(__file__).with_name("flying.py"))
+
+
+def forked(work, *arguments):
+    """Run ``work`` in a process of its own, which ends as if it had been killed: nothing is closed. Its number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads
+        process = os.fork()
+    if process:
+        return process
+    try:
+        work(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def fly(path, delay, say, qa):
+    """Record until killed; say, after each step, how many events have to be in the file."""
+    env = VecVetoAction(toys(2), "ruin", 0.5, qa=qa, record=FlightRecorder(path, delay=delay, before=3, after=3))
+    env.reset()
+    rng, n = np.random.default_rng(0), 0
+    while True:
+        _, _, _, infos = env.step(rng.integers(3, size=2))
+        n += sum(info["qa/catastrophe"] or info["crashed"] for info in infos)
+        os.write(say, b"%d\n" % (n - len(env.rule.evidence._batch.events)))
 
 
 @pytest.fixture(scope="module")
@@ -379,78 +404,51 @@ class TestKilled:
     """By SIGKILL at any moment, 50 times: nothing that was committed is lost, and the file opens."""
 
     @pytest.mark.parametrize("delay", [0.0, 0.02])
-    def test_nothing_committed_is_lost(self, tmp_path, delay):
-        rng = random.Random(1)
-        known = 0
-        path = tmp_path / "flight.sqlite"
+    def test_nothing_committed_is_lost(self, path, delay):
+        qa, rng, known = make_risks([0.9, 0.2, 0.1]), random.Random(1), 0
         for _ in range(25):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _FLYING, str(path), str(delay)], stdout=subprocess.PIPE, env=ENVIRONMENT
-            )
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0.0, 0.15))
-            process.send_signal(signal.SIGKILL)
-            told = process.stdout.read().split(b"\n")[:-1]  # a line that is cut off says nothing
-            process.wait()
-            process.stdout.close()
-            said = int(told[-1]) if told else 0
+            listen, say = os.pipe()
+            process = forked(fly, path, delay, say, qa)
+            os.close(say)
+            said = os.read(listen, 10)  # it steps
+            time.sleep(rng.uniform(0.0, 0.1))
+            os.kill(process, signal.SIGKILL)
+            while more := os.read(listen, 65536):
+                said += more
+            os.waitpid(process, 0)
+            os.close(listen)
+            committed = int(said[: said.rindex(b"\n")].split(b"\n")[-1])
             db = sqlite3.connect(path)
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             db.close()
             with FlightLog(path) as log:
-                found = len(log) - known
-                assert found >= said
-                assert len({event.id for event in log.events()}) == len(log)
-                known = len(log)
-                if known:
-                    assert log.window(log.events()[-1].id) is not None
-        assert known > 250
+                events = log.events()
+                assert len(events) - known >= committed
+                assert len({event.id for event in events}) == len(events)
+                known = len(events)
+                for event in events[-3:]:
+                    window = log.window(event.id)
+                    assert window is not None and event.step in window.step
+        assert known > 100
 
-    @pytest.mark.parametrize("delay", [0.0, 0.05])
-    def test_a_veto_killed_while_it_steps(self, tmp_path, delay):
-        path = tmp_path / "flight.sqlite"
-        process = subprocess.Popen(
-            [sys.executable, FLYING, str(path), str(delay), "1000000"], stdout=subprocess.PIPE, env=ENVIRONMENT
+    def test_before_the_step_returns(self, path):
+        """With no delay, what a step has told is in the file."""
+        env = VecVetoAction(
+            toys(2), "ruin", 0.5, qa=make_risks([0.9, 0.2, 0.1]), record=FlightRecorder(path, delay=0.0)
         )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.7)
-        process.send_signal(signal.SIGKILL)
-        said = int(process.stdout.read().split(b"\n")[-2])
-        process.wait()
-        process.stdout.close()
-        assert len(FlightLog(path)) >= said > 10
+        env.reset()
+        n = 0
+        for actions in ACTIONS[:, :2]:
+            n += sum(info["qa/catastrophe"] or info["crashed"] for info in env.step(actions)[3])
+            assert len(FlightLog(path)) == n
 
-    def test_what_waits_is_written_at_the_end_of_a_process_that_does_not_close(self, tmp_path):
-        path = tmp_path / "flight.sqlite"
-        code = f"import flying; flying.VecVetoAction.close = lambda self: None; flying.main({str(path)!r}, 1e6, 30)"
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parent
-        )
-        assert len(FlightLog(path)) > int(done.stdout.split()[-1]) == 0
-
-
-_FLYING = """
-import sys
-from sb3_qa.recorder import FlightRecorder
-sys.path.insert(0, "tests")
-from test_recorder import an_event
-import time
-recorder = FlightRecorder(sys.argv[1])
-print("ready", flush=True)
-n, waiting = 0, None
-while True:
-    batch = an_event(recorder)
-    if float(sys.argv[2]):
-        more = an_event(recorder)
-        batch.events += more.events
-        batch.chunks += more.chunks
-        time.sleep(float(sys.argv[2]) / 10)
-    recorder.write(batch)
-    n += len(batch.events)
-    print(n, flush=True)
-"""
+    def test_what_waits_is_written_at_the_end_of_a_process_that_does_not_close(self, path):
+        env = VetoAction(Toy(), "ruin", 0.5, qa=make_risks([0.9, 0.2, 0.1]), record=FlightRecorder(path, delay=1e6))
+        env.reset(seed=0)
+        env.step(0)
+        assert len(FlightLog(path)) == 0
+        evidence_module._close_all()  # what atexit calls
+        assert len(FlightLog(path)) == 1
 
 
 class TestSize:
@@ -488,14 +486,12 @@ class TestSize:
 
 class TestSeveral:
     def test_processes_write_into_one_file(self, path):
-        code = (
-            "import sys; sys.path.insert(0, 'tests')\n"
-            "from test_recorder import an_event, FlightRecorder\n"
-            "r = FlightRecorder(sys.argv[1]); run = r.begin_run({})\n"
-            "assert all(r.write(an_event(r, run=run)) for _ in range(250))\n"
-        )
-        processes = [subprocess.Popen([sys.executable, "-c", code, str(path)], env=ENVIRONMENT) for _ in range(3)]
-        assert [process.wait(120) for process in processes] == [0, 0, 0]
+        def work():
+            recorder = FlightRecorder(path)
+            run = recorder.begin_run({})
+            assert all(recorder.write(an_event(recorder, run=run)) for _ in range(250))
+
+        assert [os.waitpid(process, 0)[1] for process in [forked(work) for _ in range(3)]] == [0, 0, 0]
         log = FlightLog(path)
         assert len(log) == 750
         assert sorted(log.runs()) == [1, 2, 3]
@@ -549,30 +545,29 @@ class TestSeveral:
 class TestFailing:
     """Whatever happens to the file, vetoes go on; it is said once."""
 
-    def test_a_disk_that_is_full(self, tmp_path):
-        code = (
-            "import logging, resource, signal, sys; sys.path.insert(0, 'tests'); logging.basicConfig(level=logging.INFO)\n"
-            "from test_recorder import *\n"
-            "qa = make_risks([0.9, 0.2, 0.1])\n"
-            "env = VecVetoAction(toys(2), 'ruin', 0.5, qa=qa, record=FlightRecorder(sys.argv[1], delay=0))\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))\n"
-            "env.reset()\n"
-            "for _ in range(300):\n"
-            "    infos = env.step(np.array([0, 1]))[3]\n"
-            "    assert infos[0]['qa/vetoed'] and infos[0]['did'] == 2 and not infos[1]['qa/vetoed']\n"
-            "env.rule.evidence.recorder._wait_until = 0.0\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
-            "env.step(np.array([0, 1])); env.step(np.array([0, 1])); env.close()\n"
-        )
-        path = tmp_path / "flight.sqlite"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("cannot be written to") == 1
-        assert "flags and vetoes go on, UNRECORDED" in done.stderr
-        assert done.stderr.count("is written to again") == 1
+    def test_a_disk_that_is_full(self, path, tmp_path):
+        qa = make_risks([0.9, 0.2, 0.1])
+
+        def work():
+            logging.basicConfig(filename=tmp_path / "log", level=logging.INFO, force=True)
+            env = VecVetoAction(toys(2), "ruin", 0.5, qa=qa, record=FlightRecorder(path, delay=0))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit))
+            env.reset()
+            for _ in range(300):
+                infos = env.step(np.array([0, 1]))[3]
+                assert infos[0]["qa/vetoed"] and infos[0]["did"] == 2 and not infos[1]["qa/vetoed"]
+            env.rule.evidence.recorder._wait_until = 0.0
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            for _ in range(2):
+                env.step(np.array([0, 1]))
+            env.close()
+
+        assert os.waitpid(forked(work), 0)[1] == 0
+        said = (tmp_path / "log").read_text()
+        assert said.count("cannot be written to") == said.count("flags and vetoes go on, UNRECORDED") == 1
+        assert said.count("is written to again") == 1
         with FlightLog(path) as log:
             assert 10 < len(log) < 300
             assert log.counts["lost"] > 50

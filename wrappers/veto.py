@@ -40,6 +40,9 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
         record: Record = None,
     ) -> None:
         more: dict[str, Any] = dict(refine=refine, cooldown=cooldown, budget=budget, let_through=let_through)
+        rule = VetoRule(
+            "VetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound, record=record, **more
+        )
         RecordConstructorArgs.__init__(
             self,
             _disable_deepcopy=True,
@@ -53,9 +56,6 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             unbound=unbound,
             record=record.path if isinstance(record, FlightRecorder) else recorded(record),
             **more,
-        )
-        rule = VetoRule(
-            "VetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound, record=record, **more
         )
         QAWrapper.__init__(self, env, rule, qa)
         rule.watch(self)
