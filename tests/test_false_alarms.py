@@ -14,7 +14,7 @@ def walks(rng, n_episodes, let_through):
     Left is flagged in cells 1 and 2, and let through with a probability that depends on the cell; a veto goes right. Of
     each flag: cell, outcome, that probability, whether it was executed, and the episode.
     """
-    transitions = ActionWalk(cells=5, slip=0.2)._transitions()
+    steps = np.cumsum(ActionWalk(cells=5, slip=0.2)._transitions(), axis=2)
     rows = []
     for episode in range(n_episodes):
         cell, flags = 2, []
@@ -24,7 +24,7 @@ def walks(rng, n_episodes, let_through):
                 shown = rng.random() < p
                 flags.append([cell, p, shown, 0, False])
                 action = 0 if shown else 1
-            cell = int(rng.choice(5, p=transitions[action, cell]))
+            cell = int(np.searchsorted(steps[action, cell], rng.random(), side="right"))
             for flag in flags:
                 if flag[3] < 2:
                     flag[3] += 1

@@ -137,13 +137,13 @@ class Evidence:
         if len(judged.risk) != self._n:
             self._begin_anew(len(judged.risk))
         if self._ring is None:
-            self._ring = Ring(max(self.recorder.before + 1, self.recorder.after, 1), obs, judged.proposed)
+            self._ring = Ring(max(self.recorder.before + 1, self.recorder.after, 1), obs)
         self._ring.add(obs, judged.proposed, executed, judged.risk, arrival.rewards, self._pictures)
         happened = self._fact.of(arrival, executed, self.env)
         self._now += 1
         # Where nobody knows what a catastrophe is, terminations stand for them.
         bad = arrival.terminated if happened is None else happened
-        if judged.any_flagged or bad.any():
+        if judged.any_flagged or (bad is not self._fact.nowhere(self._n) and bad.any()):
             self._record(np.flatnonzero(judged.flagged | bad), here, judged, executed, arrival, happened)
         if self._open_flags:
             self._settle(happened, arrival)

@@ -25,38 +25,34 @@ Bools = NDArray[np.bool_]
 class Ring:
     """The newest steps of all environments, in arrays (length, n_envs, ...) that are written over."""
 
-    def __init__(self, length: int, obs: Any, actions: NDArray[Any]) -> None:
+    def __init__(self, length: int, obs: Any) -> None:
         self.length = length
         self._head = -1
         self._columns = {
             name: np.empty((length, *array.shape), array.dtype) for name, array in by_name("obs", obs).items()
         }
-        n = len(actions)
-        self._proposed, self._executed = (np.empty((length, *actions.shape), actions.dtype) for _ in range(2))
-        self._risk, self._reward = np.empty((length, n), np.float32), np.empty((length, n), np.float32)
-        self._pictures: list[Sequence[Any] | None] = [None] * length
+        self._rows: list[tuple[Any, ...]] = [()] * length
 
     def add(
         self, obs: Any, proposed: Any, executed: Any, risk: Any, reward: Any, pictures: Sequence[Any] | None
     ) -> None:
+        """Take in a step. What may be written over outside is copied: observations, and proposed actions."""
         self._head = head = (self._head + 1) % self.length
         if isinstance(obs, dict):
             for name, array in obs.items():
                 self._columns[f"obs/{name}"][head] = array
         else:
             self._columns["obs"][head] = obs
-        self._proposed[head], self._executed[head] = proposed, executed
-        self._risk[head], self._reward[head] = risk, reward
-        self._pictures[head] = pictures
+        self._rows[head] = (proposed.copy(), executed, risk, reward, pictures)
 
     def newest(self, i: int, count: int) -> dict[str, NDArray[Any]]:
         """The last steps of one environment, oldest first, each array (count, ...)."""
         index = np.arange(self._head + 1 - count, self._head + 1) % self.length
         arrays = {name: column[index, i] for name, column in self._columns.items()}
-        arrays |= {"proposed": self._proposed[index, i], "executed": self._executed[index, i]}
-        arrays |= {"risk": self._risk[index, i], "reward": self._reward[index, i]}
-        pictures = [self._pictures[k] for k in index.tolist()]
-        frames = [np.asarray(each[i]) for each in pictures if each is not None]
+        rows = [self._rows[k] for k in index.tolist()]
+        for n, name in enumerate(("proposed", "executed", "risk", "reward")):
+            arrays[name] = np.array([row[n][i] for row in rows])
+        frames = [np.asarray(row[4][i]) for row in rows if row[4] is not None]
         if frames and len(frames) == count:
             arrays["frames"] = np.stack(frames)
         return arrays
@@ -86,7 +82,7 @@ class Fact:
                 self._seen = any(value is not None for value in values)
                 if not self._seen:
                     return None
-            return np.array([bool(value) for value in values]) if any(values) else self._nowhere(len(values))
+            return np.array([bool(value) for value in values]) if any(values) else self.nowhere(len(values))
         try:
             return np.array([bool(self._call(step)) for step in self._steps(arrival, executed, env)])
         except Exception as error:
@@ -100,7 +96,8 @@ class Fact:
                 )
             return None
 
-    def _nowhere(self, n: int) -> Bools:
+    def nowhere(self, n: int) -> Bools:
+        """Of no environment; always the same array."""
         if len(self._none) != n:
             self._none = np.zeros(n, np.bool_)
         return self._none

@@ -2,8 +2,8 @@
 
     python tests/bench/recorder.py
 
-A step is the policy's predict and the environment's step with `VecVetoAction`; the answers are those of an untrained
-agent, and the threshold is set so that a given share of steps is flagged, however the agent happens to answer.
+A step is the policy's predict and the environment's step with `VecVetoAction`; the agent is untrained, and a given share of
+steps is flagged by chance, whatever it answers. Catastrophes come on top of that.
 """
 
 from __future__ import annotations
@@ -82,24 +82,20 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
     model = PPO(qa_policy(PPO), environment(), seed=0, policy_kwargs=dict(questions=case["questions"]))
     qa = QuestionAnswerer.from_model(model)
     (question,) = [key for key in qa.questions if qa.catalogue.instances[key].per_action][:1]
-    head = qa.policy.qa_head
-    with torch.no_grad():  # so that the risk differs from state to state
-        head.flat.add_(0.1 * torch.randn(head.flat.shape, generator=torch.Generator().manual_seed(0)))
-    risks: list[float] = []
-    watched = VecVetoAction(environment(), question, 1.0, qa=qa, shadow=True)
-    seen = watched.reset()
-    for _ in range(4000 // n_envs):
-        seen, _, _, infos = watched.step(case["steady"](seen) if case["steady"] else model.predict(seen)[0])
-        risks += [info["qa/risk"] for info in infos]
+
+    def watched(**options: Any) -> Any:
+        """The veto in shadow mode, which flags a given share of steps by chance: the same whatever the agent answers."""
+        env = VecVetoAction(environment(), question, 0.5, qa=qa, shadow=True, **options)
+        rng = np.random.default_rng(0)
+        env.rule.judge = lambda risk: rng.random(len(risk)) < share  # type: ignore[attr-defined]
+        return env
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flight.sqlite"
-        threshold = float(np.quantile(risks, 1.0 - share)) if share else 1.0
-        recorder, steady = FlightRecorder(path), case["steady"]
-        # In shadow mode, or else the vetoes would change how much is flagged.
-        watching: dict[str, Any] = dict(question=question, threshold=threshold, qa=qa, shadow=True)
+        steady = case["steady"]
         arms = {
-            "without": Rollout(model, VecVetoAction(environment(), **watching), steady),
-            "with": Rollout(model, VecVetoAction(environment(), record=recorder, **watching), steady),
+            "without": Rollout(model, watched(), steady),
+            "with": Rollout(model, watched(record=FlightRecorder(path)), steady),
         }
         for arm in arms.values():
             arm.steps(block)
