@@ -115,14 +115,16 @@ class Fact:
             obs = normalize.unnormalize_obs(obs)
             if normalize.norm_reward:
                 rewards = normalize.get_original_reward()
-        steps = []
-        for i, info in enumerate(arrival.infos):
-            arrived = row(obs, i)
-            if done[i] and "terminal_observation" in info:
+        whole, steps = not isinstance(obs, dict), []
+        for i, (info, reward, done_, over) in enumerate(
+            zip(arrival.infos, rewards.tolist(), done, terminated, strict=True)
+        ):
+            arrived = obs[i] if whole else row(obs, i)
+            if done_ and "terminal_observation" in info:
                 arrived = info["terminal_observation"]
                 arrived = arrived if normalize is None else normalize.unnormalize_obs(arrived)
-            reward = float(info.get("qa/raw_reward", rewards[i]))
-            steps.append(Step(arrived, executed[i], reward, terminated[i], done[i] and not terminated[i], info))
+            reward = info.get("qa/raw_reward", reward)
+            steps.append(Step(arrived, executed[i], reward, over, done_ and not over, info))
         return steps
 
 
