@@ -126,6 +126,19 @@ class Reading:
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
         return self._head.action_logits(self.hidden, actions, self._of_critics(actions))
 
+    def all_logits(self, index: NDArray[np.intp], actions: NDArray[Any] | None) -> tuple[Floats, Floats]:
+        """Of the states at ``index``: logits of the questions about states, (n, n_state), and of those about actions,
+        (n, m, n_logits - n_state).
+
+        :param actions: m candidates each, (n, m, *action_shape); None for all of a discrete space
+        """
+        hidden, space = self.hidden[index], self._policy.action_space
+        if self._head.action_features is None:
+            return self._head.state_logits(hidden), np.zeros((len(index), 0, 0), np.float32)
+        if actions is None:
+            actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(index), int(space.n)))
+        return self._head.state_logits(hidden), self._head.action_logits(hidden, actions)
+
     def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
         """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
         return self._head.step_logits(self.hidden, actions, after.hidden, self._of_critics(actions))
@@ -141,6 +154,15 @@ class Reading:
             return self.state_logits()[:, target.start : target.stop]
         offset = self._head.n_state
         return self.action_logits(actions)[..., target.start - offset : target.stop - offset]
+
+    def hazard_gradient(self, key: str, actions: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of a yes/no instance about actions (n, *action_shape): the cumulative hazard -log(1 - probability), (n,), and its
+        gradient by the actions' features, (n, n_features), which for a box are the action scaled to [-1, 1].
+        """
+        instance, target = self._head.catalogue.find(key), self._head.catalogue.target_of[key]
+        start, length = target.start - self._head.n_state, instance.horizon if target.kind == "event" else 1
+        assert length is not None
+        return self._head.hazard_gradient(self.hidden, actions, start, start + length, self._of_critics(actions))
 
     def shares(self) -> Floats:
         """How often the policy takes each action of a discrete space here, (n, n_actions)."""

@@ -238,6 +238,31 @@ class QAHead(nn.Module):
         w = self._that_answer()
         return self._logits(np.tanh(self._acted(w, hidden, actions, critics)), w.actions)
 
+    def hazard_gradient(
+        self, hidden: Floats, actions: NDArray[Any], start: int, stop: int, critics: Floats | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The cumulative hazard -log(1 - risk) of actions, and its gradient by their features, in closed form.
+
+        The risk is 1 - prod_j (1 - sigmoid(l_j)), so that this is sum_j softplus(l_j): it has a slope even where the risk
+        itself is so near to 1 that it has none.
+
+        :param hidden: (n, width)
+        :param actions: (n, *action_shape)
+        :param start: first logit of the hazards, counted from the first question about actions
+        :param stop: after the last
+        :param critics: (n, critic_dim), held as they are
+        :return: (n,), and (n, n_action_features)
+        """
+        w = self._that_answer()
+        x = np.tanh(self._acted(w, hidden, actions, critics))
+        across, bias = w.actions[0][:, start:stop], w.actions[1][start:stop]
+        logits = (x @ across * self.scale + bias).astype(np.float64)
+        hazard = np.logaddexp(0.0, logits).sum(axis=1)
+        d_logits = np.exp(-np.logaddexp(0.0, -logits))
+        d_hidden = (d_logits @ across.T * self.scale) * (1.0 - np.square(x))
+        assert self.action_features is not None
+        return hazard, d_hidden @ w.action[: self.action_features.n_features].T
+
     def step_logits(
         self, before: Floats, actions: NDArray[Any], after: Floats, critics: Floats | None = None
     ) -> Floats:

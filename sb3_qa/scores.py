@@ -32,6 +32,7 @@ __all__ = [
     "brier",
     "brier_choice",
     "calibration_error",
+    "false_alarm_rate",
     "log_loss",
     "ratio_interval",
     "reliability",
@@ -173,6 +174,58 @@ def wilson_interval(events: ArrayLike, count: ArrayLike, *, level: float = 0.95)
     low = np.where(k == 0, np.where(n == 0, np.nan, 0.0), middle - half)
     high = np.where(k == n, np.where(n == 0, np.nan, 1.0), middle + half)
     return low, high
+
+
+def false_alarm_rate(
+    outcome: ArrayLike,
+    probability: ArrayLike,
+    executed: ArrayLike,
+    *,
+    episode: ArrayLike | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """Share of flags that were false alarms: had the action been executed, no catastrophe would have come.
+
+    What a vetoed action would have led to is never seen, so the flags that a veto lets through at random stand for the
+    others, each for 1/probability of them (inverse probability weighting; Horvitz and Thompson 1952, normalised by the
+    sum of weights as by Hajek 1971). With one probability for all that is their plain share, which is unbiased; with
+    several, the bias vanishes as 1/n. The interval is Wilson's at the effective number of outcomes (Kish 1965), which is
+    lower where outcomes of one episode are alike.
+
+    It is about the flags of the agent *as it acts under the veto*, and about what follows when later vetoes are
+    carried out as before. A flag whose outcome was cut off by a time limit is left out, as if the limit came by chance.
+
+    :param outcome: (n,), of every flag whether the catastrophe came, 1 or 0; nan where that is not known. Those of
+        actions that were not executed are not looked at
+    :param probability: (n,), with which the flagged action was to be executed, ``info["qa/let_through_probability"]``
+    :param executed: (n,), whether it was
+    :param episode: (n,), which episode each is of; without, outcomes count as independent
+    :return: nan where no outcome is known
+
+    >>> [round(x, 2) for x in false_alarm_rate([1, 0, 0, 0], [0.1] * 4, [True, True, True, False])]
+    [0.67, 0.21, 0.94]
+    """
+    y, p, shown = (np.asarray(x, np.float64) for x in (outcome, probability, executed))
+    for x, name in ((y, "outcome"), (shown, "executed")):
+        _same_shape(x, name, p, "probability")
+    known = (shown != 0) & ~np.isnan(y)
+    y, p = y[known], p[known]
+    _require(np.all((p > 0) & (p <= 1)), "a probability of 0 of what was executed", "(0, 1]", "pass what the veto told")
+    _require(np.all((y == 0) | (y == 1)), "an outcome that is neither", "0 or 1 each", "pass whether it happened")
+    _level(level)
+    if not len(y):
+        return Interval(np.nan, np.nan, np.nan)
+    weight = 1.0 / p
+    rate = float(np.average(1.0 - y, weights=weight))
+    n = float(weight.sum() ** 2 / np.square(weight).sum())
+    if episode is not None:
+        _, groups = np.unique(np.asarray(episode).reshape(known.shape)[known], return_inverse=True)
+        pulls = weight * (1.0 - y - rate)
+        alone, together = np.square(pulls).sum(), np.square(np.bincount(groups, pulls)).sum()
+        # Where all outcomes are the same, there is nothing to tell how alike those of an episode are: at worst, entirely.
+        n = min(n, n * alone / together) if together > 1e-12 else min(n, float(groups.max() + 1))
+    low, high = wilson_interval(rate * n, n, level=level)
+    return Interval(rate, float(low), float(high))
 
 
 def score(

@@ -60,6 +60,23 @@ class PointValues:
         blank = np.zeros((*logits.shape[:-1], self.n_state), np.float32)
         return self._read(np.concatenate([blank, logits], axis=-1))
 
+    def of_states_and_actions(
+        self, reading: Reading, index: NDArray[np.intp], actions: NDArray[Any] | None
+    ) -> tuple[Floats, Floats]:
+        """All at once, of the states at ``index``: those about states, (n, n_keys about states), and those about actions,
+        (n, m, n_keys about actions).
+
+        :param actions: candidates (n, m, *action_shape), or None for all of a discrete space
+        """
+        about_state, about_action = reading.all_logits(index, actions)
+        m = about_action.shape[1]
+        logits = np.zeros((len(index), 1 + m, self.n_state + about_action.shape[2]), np.float32)
+        logits[:, 1:, self.n_state :] = about_action
+        logits[:, 0, : self.n_state] = about_state
+        values = self._read(logits)
+        n = len(self.keys) - int(self.about_action.sum())  # those about states come first
+        return values[:, 0, :n], values[:, 1:, n:]
+
     def of_step(self, before: Reading, actions: NDArray[Any] | None, after: Reading) -> Floats:
         """(n, n_keys): about the actions taken in the states before, and about the states after."""
         if not self.any_action:

@@ -102,13 +102,13 @@ WRAPPERS = {
         VetoAction,
         VecVetoAction,
         dict(question="crash[k=3]", threshold=0.5, on_veto=first),
-        VERDICT | {"qa/crash[k=3]"},
+        VERDICT | {"qa/crash[k=3]", "qa/substitute_catastrophe"},
     ),
     "veto of states": (
         VetoAction,
         VecVetoAction,
         dict(question="danger", threshold=0.5, on_veto=first),
-        VERDICT | {"qa/danger"},
+        VERDICT | {"qa/danger", "qa/substitute_catastrophe"},
     ),
     "shadow": (
         VetoAction,
@@ -176,6 +176,8 @@ class TestWhatIsTold:
                         "qa/vetoed": bool,
                         "qa/proposed_action": int,
                         "qa/executed_action": int,
+                        "qa/no_safe_action": bool,
+                        "qa/substitute_catastrophe": bool,
                     }
                     assert type(value) is kind.get(key, float), key
 

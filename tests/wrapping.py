@@ -25,7 +25,14 @@ QUESTIONS = [
     Question("Which lane is it in?", now("lane"), answer=Choice("left", "right"), name="lane"),
 ]
 KEYS = ["crash[k=1]", "crash[k=3]", "danger", "speed", "lane"]
-VERDICT = {"qa/risk", "qa/catastrophe", "qa/vetoed", "qa/proposed_action", "qa/executed_action"}
+VERDICT = {
+    "qa/risk",
+    "qa/catastrophe",
+    "qa/vetoed",
+    "qa/proposed_action",
+    "qa/executed_action",
+    "qa/no_safe_action",
+}
 REWARDS = {"qa/raw_reward", "qa/shaping_reward"}
 
 VECTOR = spaces.Box(-10, 10, (4,), np.float32)

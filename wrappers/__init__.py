@@ -5,9 +5,10 @@ They go outermost: a wrapper must see the observations the policy sees.
 """
 
 from sb3_qa.wrappers.answer import AnswerQuestions, VecAnswerQuestions
+from sb3_qa.wrappers.random_veto import VecRandomVeto
 from sb3_qa.wrappers.shape import ShapeReward, VecShapeReward
 from sb3_qa.wrappers.shell import QAWrapper, VecQAWrapper, qa_wrappers
-from sb3_qa.wrappers.veto import VecRandomVeto, VecVetoAction, VetoAction
+from sb3_qa.wrappers.veto import VecVetoAction, VetoAction
 
 __all__ = [
     "AnswerQuestions",

@@ -1,1 +1,1 @@
-"""The commands of ``python -m sb3_qa``."""
+"""Commands of ``python -m sb3_qa``: each a module with ``main(argv)``."""

@@ -45,7 +45,7 @@ class Args:
     """Columns that a frame is drawn in."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """Hold the conversation; ends with the input."""
     args = tyro.cli(Args, args=list(argv), prog="python -m sb3_qa ask")
     agent = load_agent(args.model, args.algorithm)
@@ -61,7 +61,6 @@ def main(argv: Sequence[str]) -> int:
         except QAError as error:
             console.print(str(error), style="red", markup=False)
     env.close()
-    return 0
 
 
 def _lines(console: Console, talk: Conversation) -> Iterator[str]:

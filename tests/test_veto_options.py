@@ -1,0 +1,351 @@
+"""Options of a veto: a fallback policy, gradient steps, budget, cooldown, and what is let through by chance."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from test_veto import ACTIONS, RUIN, make_risks, nought, once, steps
+from wrapping import Toy, assert_same, batch, make_model, make_qa, run_single, run_vec, toys
+
+from sb3_qa import QAError, QuestionAnswerer
+from sb3_qa.wrappers import VecVetoAction, VetoAction
+from sb3_qa.wrappers.restraint import Restraint
+from sb3_qa.wrappers.substitutes import refined
+
+
+@pytest.fixture(scope="module")
+def risks():
+    return make_risks([0.9, 0.2, 0.1], preferences=[2.0, 1.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def qa():
+    return make_qa()
+
+
+class Always:
+    """A policy with one action, that notes what it is asked."""
+
+    def __init__(self, action, **spaces_):
+        self.action = action
+        self.asked = []
+        self.__dict__.update(spaces_)
+
+    def predict(self, observation, *, deterministic):
+        assert deterministic
+        self.asked.append(np.array(observation))
+        return np.stack([np.asarray(self.action)] * len(observation)), None
+
+
+class TestFallback:
+    def test_its_action_is_executed(self, risks):
+        other = Always(1)
+        info = once(VetoAction(Toy(), "ruin", 0.5, on_veto=other, qa=risks), 0)
+        assert info["qa/executed_action"] == 1
+        assert info["qa/vetoed"] is True
+        assert info["qa/substitute_catastrophe"] is False
+
+    def test_even_if_it_is_judged_catastrophic_itself(self, risks):
+        """As in Recovery RL; and told."""
+        info = once(VetoAction(Toy(), "ruin", 0.15, on_veto=Always(1), qa=risks), 0)
+        assert info["qa/executed_action"] == 1
+        assert info["qa/substitute_catastrophe"] is True
+        assert info["qa/ruin"] == pytest.approx(0.2, rel=1e-5)
+
+    def test_asked_only_of_flagged_states(self, qa):
+        other = Always(2)
+        env = VecVetoAction(toys(3), "crash[k=3]", 0.5, on_veto=other, qa=qa)
+        flagged = [m.before for ms in run_vec(env, ACTIONS) for m in steps(ms) if m.told["qa/catastrophe"]]
+        asked = np.concatenate(other.asked)
+        assert 20 < len(asked) == len(flagged) < 120
+        assert {obs.tobytes() for obs in asked} == {obs.tobytes() for obs in flagged}
+
+    def test_a_model_and_its_policy(self, qa):
+        """Deterministic actions of an SB3 model."""
+        model = PPO("MlpPolicy", toys(), seed=3, device="cpu")
+        runs = [
+            run_vec(VecVetoAction(toys(2), "crash[k=3]", 0.5, on_veto=other, qa=qa), ACTIONS[:, :2])
+            for other in (model, model.policy)
+        ]
+        n = 0
+        for moment in [m for ms in runs[0] for m in steps(ms)]:
+            expected = int(moment.action)
+            if moment.told["qa/catastrophe"]:
+                expected = int(model.predict(batch(moment.before), deterministic=True)[0][0])
+                n += 1
+            assert moment.info["did"] == expected
+        assert n > 10
+        for a, b in zip(*runs, strict=True):
+            assert_same(a, b)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (Always(0, observation_space=spaces.Box(-1, 1, (5,))), r"fallback policy \(on_veto\) sees Box"),
+            (Always(0, action_space=spaces.Discrete(4)), r"fallback policy's \(on_veto\) is Discrete\(4\)"),
+            (Always(0, lstm_actor=None), "recurrent fallback policy"),
+            (PPO, "or a model with predict"),
+        ],
+    )
+    def test_refused(self, qa, other, message):
+        for form, env in ((VetoAction, Toy()), (VecVetoAction, toys())):
+            with pytest.raises(QAError, match=message):
+                form(env, "crash[k=3]", 0.5, on_veto=other, qa=qa)
+
+    def test_actions_of_another_shape(self, risks):
+        env = VetoAction(Toy(), "ruin", 0.5, on_veto=Always([1, 2]), qa=risks)
+        env.reset(seed=0)
+        with pytest.raises(QAError, match=r"fallback policy gave actions of shape \(1, 2\); expected \(1,\)"):
+            env.step(0)
+
+
+class TestNoSafeAction:
+    @pytest.mark.parametrize("on_veto", ["safest", "policy", nought, Always(2)])
+    @pytest.mark.parametrize("shadow", [False, True])
+    @pytest.mark.parametrize(("threshold", "unsafe"), [(0.05, True), (0.1001, False), (0.15, False)])
+    def test_when_all_are_above_the_threshold(self, risks, on_veto, shadow, threshold, unsafe):
+        env = VetoAction(Toy(), "ruin", threshold, on_veto=on_veto, shadow=shadow, qa=risks)
+        assert env.reset(seed=0)[1]["qa/no_safe_action"] is False
+        assert env.step(0)[4]["qa/no_safe_action"] is unsafe
+
+    def test_against_asking_about_each(self, qa):
+        found = {True: 0, False: 0}
+        for moment in [
+            m for ms in run_vec(VecVetoAction(toys(3), "crash[k=3]", 0.3, qa=qa), ACTIONS) for m in steps(ms)
+        ]:
+            unsafe = bool((qa.ask("crash[k=3]", batch(moment.before)).probability >= 0.3).all())
+            assert moment.told["qa/no_safe_action"] is unsafe
+            found[unsafe] += 1
+        assert min(found.values()) > 10
+
+    def test_nothing_is_known(self, risks):
+        env = VetoAction(Toy(), "ruin", 1.0, qa=risks)
+        env.reset(seed=0)
+        env.rule.risk = lambda actions: np.full((1, 3), np.nan, np.float32)
+        assert env.step(0)[4]["qa/no_safe_action"] is True
+
+    def test_a_question_about_the_state(self, qa):
+        """No action is safer than another there."""
+        for moment in steps(run_single(VetoAction(Toy(), "danger", 0.5, on_veto=nought, qa=qa), ACTIONS[:, 0])):
+            assert moment.told["qa/no_safe_action"] is moment.told["qa/catastrophe"]
+
+    def test_what_the_environment_forbids_is_no_way_out(self, risks):
+        """As MaskablePPO asks: the safe actions are masked by the environment itself."""
+        env = VecVetoAction(toys(1), "ruin", 0.5, qa=risks)
+        env.reset()
+        only_first = np.array([[True, False, False]])
+        assert env.rule.masks(only_first).tolist() == only_first.tolist()
+        info = env.step(np.array([0]))[3][0]
+        assert info["qa/no_safe_action"] is True
+        assert info["did"] == info["qa/executed_action"] == 0
+        info = env.step(np.array([0]))[3][0]  # a step later nobody asked, and all are possible
+        assert info["qa/no_safe_action"] is False
+        assert info["did"] == 2
+
+
+class TestRefine:
+    """Gradient steps on the risk."""
+
+    SPACE = spaces.Box(np.float32([-2, 0, 5]), np.float32([2, 10, 6]))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def qa(cls):
+        return QuestionAnswerer.from_model(make_model(toys(action_space=cls.SPACE), questions=RUIN))
+
+    def test_the_gradient_is_that_of_the_risk(self, qa):
+        obs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+        here = qa.read(obs)
+        half = ((self.SPACE.high - self.SPACE.low) / 2).astype(float)
+        actions = np.random.default_rng(1).uniform(self.SPACE.low, self.SPACE.high, (6, 3))
+        hazard, gradient = here.hazard_gradient("ruin", actions)
+        np.testing.assert_allclose(1 - np.exp(-hazard), qa.ask("ruin", obs, actions).probability, rtol=1e-4)
+        for part in range(3):
+            moved = [actions + sign * 0.01 * half * np.eye(3)[part] for sign in (1, -1)]
+            up, down = (here.hazard_gradient("ruin", each)[0] for each in moved)
+            np.testing.assert_allclose((up - down) / 0.02, gradient[:, part], rtol=0.05, atol=1e-3)
+
+    def test_never_a_higher_risk_and_never_outside(self, qa):
+        obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+        here = qa.read(obs)
+        start = np.random.default_rng(1).uniform(self.SPACE.low, self.SPACE.high, (50, 3)).astype(np.float32)
+        before = qa.ask("ruin", obs, start).probability
+        last = before
+        for n in (0, 1, 5, 20):
+            better = refined(here, "ruin", start, self.SPACE, n)
+            assert all(self.SPACE.contains(action) for action in better)
+            risk = qa.ask("ruin", obs, better).probability
+            assert (risk <= before + 1e-6).all()
+            assert risk.mean() <= last.mean() + 1e-7
+            last = risk
+        assert (last < before - 0.05).mean() > 0.5
+        np.testing.assert_array_equal(refined(here, "ruin", start, self.SPACE, 0), start)
+
+    @pytest.mark.parametrize("form", ["single", "vector"])
+    def test_lower_than_candidates_alone_at_as_many_candidates(self, qa, form, monkeypatch):
+        monkeypatch.setattr("sb3_qa.wrappers.substitutes.CANDIDATES", 4)
+        actions = np.random.default_rng(0).uniform(self.SPACE.low, self.SPACE.high, (40, 1, 3)).astype(np.float32)
+        told = {}
+        for refine in (0, 5):
+            if form == "single":
+                env = VetoAction(Toy(self.SPACE), "ruin", 0.0, refine=refine, qa=qa)
+                moments = run_single(env, actions[:, 0])
+            else:
+                env = VecVetoAction(toys(action_space=self.SPACE), "ruin", 0.0, refine=refine, qa=qa)
+                moments = run_vec(env, actions)[0]
+            told[refine] = np.array([moment.told["qa/ruin"] for moment in steps(moments)])
+        assert (told[5] <= told[0] + 1e-6).all()
+        assert (told[5] < told[0] - 1e-3).mean() > 0.5
+        assert told[5].mean() < 0.8 * told[0].mean()
+
+    def test_what_is_not_finite_is_left_alone(self, qa):
+        here = qa.read(np.full((2, 4), np.nan, np.float32))
+        start = np.float32([[0, 5, 5.5]] * 2)
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(refined(here, "ruin", start, self.SPACE, 5), start)
+
+
+def play(env, action=0, n=12):
+    """Steps of one long episode of the same action."""
+    env.reset(seed=0)
+    return [env.step(action)[4] for _ in range(n)]
+
+
+class TestBudgetAndCooldown:
+    def test_at_most_so_many_vetoes_an_episode(self, risks):
+        env = VetoAction(Toy(length=6), "ruin", 0.5, budget=2, qa=risks)
+        moments = run_single(env, [0] * 18)
+        vetoed = [m.told["qa/vetoed"] for m in steps(moments)]
+        assert vetoed == [True, True, False, False, False, False] * 3
+        assert all(m.told["qa/catastrophe"] for m in steps(moments))
+        assert [m.told["qa/veto_withheld"] for m in steps(moments)] == [not veto for veto in vetoed]
+        assert [m.told["qa/vetoes_left"] for m in moments] == [2, 1, 0, 0, 0, 0, 0] * 3 + [2]
+
+    def test_each_environment_has_its_own(self, risks):
+        env = VecVetoAction(toys(2), "ruin", 0.5, budget=1, qa=risks)
+        env.reset()
+        executed = [[info["qa/executed_action"] for info in env.step(np.array(a))[3]] for a in ([0, 1], [0, 0], [0, 0])]
+        assert executed == [[2, 1], [0, 2], [0, 0]]
+
+    def test_no_other_veto_in_the_steps_after_one(self, risks):
+        infos = play(VetoAction(Toy(length=99), "ruin", 0.5, cooldown=3, qa=risks))
+        assert [info["qa/vetoed"] for info in infos] == [True, False, False, False] * 3
+        assert all(info["qa/catastrophe"] for info in infos)
+        assert [info["qa/veto_withheld"] for info in infos] == [False, True, True, True] * 3
+
+    def test_a_reset_ends_a_cooldown(self, risks):
+        env = VetoAction(Toy(length=2), "ruin", 0.5, cooldown=50, qa=risks)
+        assert [m.told["qa/vetoed"] for m in steps(run_single(env, [0] * 6))] == [True, False] * 3
+        env = VetoAction(Toy(length=99), "ruin", 0.5, cooldown=50, qa=risks)
+        assert play(env, n=2)[1]["qa/vetoed"] is False
+        assert play(env, n=1)[0]["qa/vetoed"] is True  # the episode was given up
+
+    def test_binding_again_in_the_middle_of_an_episode_does_not_fill_the_budget(self, risks):
+        env = VecVetoAction(toys(1), "ruin", 0.5, budget=1, qa=risks)
+        env.reset()
+        assert env.step(np.array([0]))[3][0]["qa/vetoed"] is True
+        env.bind(risks)
+        assert env.step(np.array([0]))[3][0]["qa/vetoed"] is False
+
+    def test_masks_are_lifted_where_no_veto_would_be_carried_out(self, risks):
+        env = VecVetoAction(toys(1), "ruin", 0.5, budget=1, qa=risks)
+        env.reset()
+        assert env.env_method("action_masks")[0].tolist() == [False, True, True]
+        env.step(np.array([0]))
+        assert env.env_method("action_masks")[0].all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (dict(cooldown=-1), "cooldown=-1; expected a number of steps"),
+            (dict(cooldown=True), "cooldown=True"),
+            (dict(budget=1.5), "budget=1.5; expected a number of vetoes"),
+            (dict(let_through=1.1), r"let_through=1.1; expected a probability in \[0, 1\]"),
+            (dict(let_through=float("nan")), "let_through=nan"),
+            (dict(refine=-1), "refine=-1; expected a number of gradient steps"),
+        ],
+    )
+    def test_refused(self, qa, arguments, message):
+        for form, env in ((VetoAction, Toy()), (VecVetoAction, toys())):
+            with pytest.raises(QAError, match=message):
+                form(env, "crash[k=3]", 0.5, qa=qa, **arguments)
+
+
+class TestLetThrough:
+    def test_so_many_and_told(self, risks):
+        n, p = 3000, 0.2
+        infos = play(VetoAction(Toy(length=n + 1), "ruin", 0.5, let_through=p, qa=risks), n=n)
+        through = np.array([info["qa/let_through"] for info in infos])
+        assert abs(through.sum() - p * n) < 4 * np.sqrt(n * p * (1 - p))
+        for info in infos:
+            assert info["qa/catastrophe"] is True
+            assert info["qa/vetoed"] is not info["qa/let_through"]
+            assert info["did"] == (0 if info["qa/let_through"] else 2)
+            assert info["qa/let_through_probability"] == p
+
+    def test_what_no_veto_would_change_is_certain(self, risks):
+        """Not flagged, or flagged while nothing is safer."""
+        for action, threshold in ((1, 0.5), (2, 0.05)):
+            for info in play(VetoAction(Toy(length=99), "ruin", threshold, let_through=0.5, qa=risks), action):
+                assert info["qa/let_through"] is False
+                assert info["qa/let_through_probability"] == 1.0
+
+    def test_candidates_are_the_same_with_and_without(self):
+        space = spaces.Box(-1, 1, (2,), np.float32)
+        qa = make_qa(action_space=space)
+        actions = np.random.default_rng(0).uniform(-1, 1, (30, 2)).astype(np.float32)
+        runs = [
+            [
+                m.told
+                for m in steps(run_single(VetoAction(Toy(space), "crash[k=3]", 0.0, let_through=p, qa=qa), actions))
+            ]
+            for p in (0.0, 0.3)
+        ]
+        through = [told["qa/let_through"] for told in runs[1]]
+        assert 2 < sum(through) < 20
+        for a, b, passed in zip(*runs, through, strict=True):
+            same = np.array_equal(a["qa/executed_action"], b["qa/executed_action"])
+            assert same is not passed
+
+    def test_by_its_own_seed(self, risks):
+        def run(seed, reset):
+            env = VetoAction(Toy(length=99), "ruin", 0.5, let_through=0.5, seed=seed, qa=risks)
+            env.reset(seed=reset)
+            return [env.step(0)[4]["qa/let_through"] for _ in range(40)]
+
+        state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        assert run(0, 7) == run(0, 7)
+        assert run(0, 7) != run(1, 7) != run(1, 8)
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert np.random.get_state()[1].tolist() == state[1]
+
+    def test_masks_are_lifted_by_the_same_chance(self, risks):
+        env = VecVetoAction(toys(1), "ruin", 0.5, let_through=0.5, qa=risks)
+        env.reset()
+        seen = set()
+        for _ in range(40):
+            (masks,) = env.env_method("action_masks")
+            lifted = bool(masks.all())
+            assert lifted or masks.tolist() == [False, True, True]
+            info = env.step(np.array([0]))[3][0]
+            assert info["qa/let_through"] is lifted
+            seen.add(lifted)
+        assert seen == {True, False}
+
+
+@pytest.mark.parametrize("options", [dict(budget=2, cooldown=1), dict(let_through=0.4), dict(on_veto=Always(1))])
+def test_single_and_vector_forms_are_alike(qa, options):
+    arguments = dict(question="crash[k=3]", threshold=0.4, qa=qa, **options)
+    single = run_single(VetoAction(Toy(), **arguments), ACTIONS[:, 0])
+    vector = run_vec(VecVetoAction(toys(), **arguments), ACTIONS[:, :1])[0]
+    assert_same(single, vector)
+    assert 3 < sum(moment.told["qa/vetoed"] for moment in single) < 40
+
+
+def test_a_decision_by_hand():
+    restraint = Restraint("X", cooldown=1, budget=2, let_through=0.0, seed=0)
+    restraint.start(np.arange(3), 3)
+    wanted = np.array([True, False, True])
+    carried = [restraint.decide(wanted).carried_out.tolist() for _ in range(5)]
+    assert carried == [[True, False, True], [False] * 3, [True, False, True], [False] * 3, [False] * 3]

@@ -1,0 +1,158 @@
+"""What stands around a decision: the steps before it, whether a catastrophe happened, seeds and pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qa.answerer import observation_normalizer
+from sb3_qa.truth import Step, fact_slots
+from sb3_qa.wrappers.shell import Arrival, row
+
+__all__ = ["Fact", "Ring", "by_name", "environments_in", "frames_of", "seed_of"]
+
+log = logging.getLogger(__name__)
+
+Bools = NDArray[np.bool_]
+
+
+class Ring:
+    """The newest steps of all environments, in arrays (length, n_envs, ...) that are written over."""
+
+    def __init__(self, length: int, obs: Any) -> None:
+        self.length = length
+        self._head = -1
+        self._columns = {
+            name: np.empty((length, *array.shape), array.dtype) for name, array in by_name("obs", obs).items()
+        }
+        self._rows: list[tuple[Any, ...]] = [()] * length
+
+    def add(
+        self, obs: Any, proposed: Any, executed: Any, risk: Any, reward: Any, pictures: Sequence[Any] | None
+    ) -> None:
+        """Take in a step. What may be written over outside is copied: observations, and proposed actions."""
+        self._head = head = (self._head + 1) % self.length
+        if isinstance(obs, dict):
+            for name, array in obs.items():
+                self._columns[f"obs/{name}"][head] = array
+        else:
+            self._columns["obs"][head] = obs
+        self._rows[head] = (proposed.copy(), executed, risk, reward, pictures)
+
+    def newest(self, i: int, count: int) -> dict[str, NDArray[Any]]:
+        """The last steps of one environment, oldest first, each array (count, ...)."""
+        index = np.arange(self._head + 1 - count, self._head + 1) % self.length
+        arrays = {name: column[index, i] for name, column in self._columns.items()}
+        rows = [self._rows[k] for k in index.tolist()]
+        for n, name in enumerate(("proposed", "executed", "risk", "reward")):
+            arrays[name] = np.array([row[n][i] for row in rows])
+        frames = [np.asarray(row[4][i]) for row in rows if row[4] is not None]
+        if frames and len(frames) == count:
+            arrays["frames"] = np.stack(frames)
+        return arrays
+
+
+class Fact:
+    """Whether the catastrophe that a question asks about has happened in a step."""
+
+    def __init__(self, name: str, fact: Any, slots: Any) -> None:
+        self.name, self._seen = name, False
+        self._none: Bools = np.zeros(0, np.bool_)
+        self._key: str = fact.format(**slots) if isinstance(fact, str) else ""
+        self._call: Callable[[Step], Any] | None = None
+        if not isinstance(fact, str):
+            given = {slot: slots[slot] for slot in fact_slots(fact) if slot in slots}
+            self._call = (lambda step: fact(step, **given)) if given else fact
+
+    def of(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> Bools | None:
+        """(n,), or None if it cannot be known: a key that has not been there once, or a callable that fails.
+
+        The facts of an answerer from a file that were callables are names in no ``info``.
+        """
+        if self._call is None:
+            key = self._key
+            values = [info.get(key) for info in arrival.infos]
+            if not self._seen:
+                self._seen = any(value is not None for value in values)
+                if not self._seen:
+                    return None
+            return np.array([bool(value) for value in values]) if any(values) else self.nowhere(len(values))
+        try:
+            return np.array([bool(self._call(step)) for step in self._steps(arrival, executed, env)])
+        except Exception as error:
+            if not self._seen:
+                self._seen = True
+                log.warning(
+                    "%s: the fact of the question raised %s: %s; where it does, terminations are recorded, not catastrophes",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
+            return None
+
+    def nowhere(self, n: int) -> Bools:
+        """Of no environment; always the same array."""
+        if len(self._none) != n:
+            self._none = np.zeros(n, np.bool_)
+        return self._none
+
+    def _steps(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> list[Step]:
+        """Steps in the environment's own units, as facts are about them."""
+        obs, rewards, done, terminated = (
+            arrival.obs,
+            arrival.rewards,
+            arrival.done.tolist(),
+            arrival.terminated.tolist(),
+        )
+        normalize = observation_normalizer(env)
+        if normalize is not None:
+            obs = normalize.unnormalize_obs(obs)
+            if normalize.norm_reward:
+                rewards = normalize.get_original_reward()
+        whole, steps = not isinstance(obs, dict), []
+        for i, (info, reward, done_, over) in enumerate(
+            zip(arrival.infos, rewards.tolist(), done, terminated, strict=True)
+        ):
+            arrived = obs[i] if whole else row(obs, i)
+            if done_ and "terminal_observation" in info:
+                arrived = info["terminal_observation"]
+                arrived = arrived if normalize is None else normalize.unnormalize_obs(arrived)
+            reward = info.get("qa/raw_reward", reward)
+            steps.append(Step(arrived, executed[i], reward, over, done_ and not over, info))
+        return steps
+
+
+def environments_in(env: Any) -> list[Any] | None:
+    """The environments themselves, where they live in this process."""
+    inside = getattr(env, "unwrapped", None)
+    if isinstance(inside, gym.Env):
+        return [inside]
+    envs = getattr(inside, "envs", None)
+    return None if envs is None else [each.unwrapped for each in envs]
+
+
+def seed_of(env: Any) -> int | None:
+    """What an environment's random numbers were seeded with."""
+    seed = getattr(env, "np_random_seed", None)
+    return None if seed is None or seed < 0 else int(seed)
+
+
+def frames_of(env: Any) -> Sequence[Any]:
+    """A picture of each environment."""
+    if isinstance(env, VecEnv):
+        return env.get_images()
+    picture = env.render()
+    return [picture] if isinstance(env, gym.Env) else picture
+
+
+def by_name(name: str, obs: Any) -> dict[str, NDArray[Any]]:
+    """Observations as arrays: a name for each part of Dict ones."""
+    if isinstance(obs, dict):
+        return {f"{name}/{key}": np.asarray(value) for key, value in obs.items()}
+    return {name: np.asarray(obs)}
