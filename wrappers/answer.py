@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.errors import QAError
+from sb3_qa.questions import nearest
 from sb3_qa.values import PointValues
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, recorded
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, as_data, recorded
 
 __all__ = ["AnswerQuestions", "AnswerRule", "VecAnswerQuestions"]
 
@@ -25,9 +27,22 @@ class AnswerRule(Rule):
 
     def __init__(self, name: str, questions: Sequence[str] | None, qa: QA, unbound: str) -> None:
         super().__init__(name, qa, unbound)
+        if isinstance(questions, str) or not all(isinstance(key, str) for key in questions or []):
+            raise QAError(
+                f'{name} got questions={questions!r}; expected a list of instances\' keys, or None for all; write e.g. ["crash[k=5]"]'
+            )
         self.questions = None if questions is None else list(questions)
         self.values: PointValues | None = None
         self._info_keys: list[str] = []
+
+    def bind(self, qa: QuestionAnswerer) -> None:
+        unknown = [key for key in self.questions or [] if key not in qa.questions]
+        if unknown:
+            raise QAError(
+                f"{self.name} got an answerer that was not taught {', '.join(map(repr, unknown))}; there is no question {unknown[0]!r}; "
+                f"expected one of {nearest(unknown[0], qa.questions)}; ask one of its questions, or give the answerer that learnt these"
+            )
+        super().bind(qa)
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
         self.values = qa.values(qa.questions if self.questions is None else self.questions)
@@ -76,7 +91,7 @@ class AnswerQuestions(QAWrapper, RecordConstructorArgs):
     ) -> None:
         rule = AnswerRule("AnswerQuestions", questions, qa, unbound)
         RecordConstructorArgs.__init__(
-            self, _disable_deepcopy=True, questions=rule.questions, qa=recorded(qa), unbound=unbound
+            self, _disable_deepcopy=True, questions=as_data(rule.questions), qa=recorded(qa), unbound=unbound
         )
         QAWrapper.__init__(self, env, rule, qa)
 

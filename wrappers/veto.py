@@ -17,9 +17,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
+from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import YesNo
 from sb3_qa.wrappers.answer import AnswerRule
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, no_action, plain, recorded, row
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, as_data, no_action, plain, recorded, row
 
 __all__ = ["RandomVetoRule", "VecRandomVeto", "VecVetoAction", "VetoAction", "VetoRule", "is_catastrophe", "safest"]
 
@@ -86,6 +87,8 @@ class VetoRule(AnswerRule):
         super().__init__(name, [question], qa, unbound)
         if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
             raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
+        if isinstance(on_veto, str) and is_function_name(on_veto):
+            on_veto = function_named(on_veto, f"{name}, on_veto,")
         if not (callable(on_veto) or on_veto in ("safest", "policy")):
             raise QAError(
                 f'{name} got on_veto={on_veto!r}; expected "safest", "policy" or a callable (obs, proposed_action) -> action'
@@ -151,7 +154,7 @@ class VetoRule(AnswerRule):
             risk_of_proposed = risk[np.arange(len(actions)), self._index(actions)]
         else:
             risk_of_proposed = self.risk(actions)
-        flagged = self.judge(risk_of_proposed)
+        flagged = self.judge(risk_of_proposed) & self.acting
         vetoed = np.zeros(len(actions), np.bool_)
         rows = np.flatnonzero(flagged)
         if len(rows) and not self.shadow:
@@ -296,11 +299,11 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             self,
             _disable_deepcopy=True,
             question=question,
-            threshold=threshold,
-            on_veto=on_veto,
+            threshold=as_data(threshold),
+            on_veto=as_data(on_veto),
             shadow=shadow,
-            penalty=penalty,
-            seed=seed,
+            penalty=as_data(penalty),
+            seed=as_data(seed),
             qa=recorded(qa),
             unbound=unbound,
         )
