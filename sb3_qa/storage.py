@@ -24,7 +24,9 @@ from stable_baselines3.common import torch_layers
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_qa.errors import QAError
+from sb3_qa.facts import FactOf
 from sb3_qa.policies import QAPolicyMixin, algorithms, qa_policy, stock_policies
+from sb3_qa.question_file import fact_of_data
 from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
 from sb3_qa.truth import Truth
 
@@ -219,7 +221,11 @@ def _no_learning(progress_remaining: float) -> float:
 
 def _question_to_json(question: Question) -> dict[str, Any]:
     truth, answer = question.truth, question.answer
-    fact = truth.fact if isinstance(truth.fact, str) else getattr(truth.fact, "__name__", "callable")
+    fact: Any = truth.fact
+    if isinstance(fact, FactOf):
+        fact = fact.as_data()
+    elif not isinstance(fact, str):
+        fact = getattr(fact, "__name__", "callable")
     kind: dict[str, Any] = {"kind": "yesno"}
     if isinstance(answer, Choice):
         kind = {"kind": "choice", "options": list(answer.options)}
@@ -241,7 +247,10 @@ def _question_from_json(data: dict[str, Any]) -> Question:
         answer = Choice(*kind["options"])
     elif kind["kind"] == "number":
         answer = Number(kind["low"], kind["high"])
-    return Question(data["text"], Truth(**data["truth"]), answer, data["name"], **data["slots"])
+    truth = dict(data["truth"])
+    if not isinstance(truth["fact"], str):
+        truth["fact"] = fact_of_data(truth["fact"], f"question {data['name']!r}")
+    return Question(data["text"], Truth(**truth), answer, data["name"], **data["slots"])
 
 
 def _space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:

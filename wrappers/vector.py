@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
-from sb3_qa.wrappers.answer import AnswerRule
+from sb3_qa.wrappers.answer import AnswerRule, Asked
 from sb3_qa.wrappers.shape import Rewards, ShapeRule
 from sb3_qa.wrappers.shell import (
     QA,
@@ -169,7 +169,7 @@ class AnswerQuestions(VectorQAWrapper):
     def __init__(
         self,
         env: VectorEnv[Any, Any, Any],
-        questions: Sequence[str] | None = None,
+        questions: Asked = None,
         qa: QA = None,
         unbound: str = "error",
     ) -> None:
