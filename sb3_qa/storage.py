@@ -96,6 +96,8 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
             raise QAError(
                 f"{os.fspath(path)} names the policy {description['policy']}, which is none; expected one; save it again"
             )
+        if base in _KNOWN:  # a policy of somebody's own may not take the argument
+            arguments["optimizer_class"] = _NoOptimizer
         with torch.random.fork_rng(devices=[]):
             policy: Any = qa_policy(base)(
                 _space_from_json(description["observation_space"]),
@@ -213,6 +215,24 @@ def _lookup(name: str, known: Mapping[str, type], path: Any) -> type:
             f"nothing is imported on a file's word; write QuestionAnswerer.load(path, classes=[{short}])"
         )
     return known[name]
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    """What a frozen policy has for an optimiser. A real one imports torch's compiler: a second and 90 MB in every worker."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        self.defaults: dict[str, Any] = {}
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: Any = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Nothing is optimised."""
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """There are no steps."""
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """There are no steps."""
 
 
 def _no_learning(progress_remaining: float) -> float:
