@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from wrapping import KEYS, VECTOR, Toy, assert_same, make_qa, run_gym_vec, run_single, run_vec, toys
+from wrapping import IGNORED, KEYS, VECTOR, Toy, assert_same, make_qa, run_gym_vec, run_single, run_vec, toys
 
 import sb3_qa.wrappers as sb3
 from sb3_qa import QAError
@@ -209,6 +209,25 @@ def test_continuous_actions(mode):
     assert n_vetoed > 3
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nobody_is_asked_what_to_do_where_the_action_is_ignored(qa, mode):
+    """on_veto may be a person: of the last state of an episode there is nothing to decide."""
+    asked = []
+    envs = vector.VetoAction(sync(mode), "crash[k=3]", 0.0, lambda obs, action: asked.append(obs) or action, qa=qa)
+    envs.reset(seed=7)
+    expected, resetting = 0, np.zeros(ENVS, bool)
+    for _ in range(12):
+        expected += (~resetting).sum()
+        *_, terminated, truncated, _ = envs.step(np.full(ENVS, IGNORED) * resetting)
+        done = terminated | truncated
+        resetting = done & (mode is AutoresetMode.NEXT_STEP)
+        if mode is AutoresetMode.DISABLED and done.any():
+            envs.reset(options={"reset_mask": done})
+    assert (
+        len(asked) == expected == (36 if mode is not AutoresetMode.NEXT_STEP else 36 - 4)
+    )  # resets: steps 6, 12; 7; 8
+
+
 class TestBinding:
     def test_without_an_answerer_a_step_is_refused(self):
         envs = vector.AnswerQuestions(sync(AutoresetMode.NEXT_STEP))
@@ -240,6 +259,17 @@ class TestBinding:
         infos = envs.step(np.zeros(ENVS, int))[4]
         np.testing.assert_array_equal(infos["qa/executed_action"] == -1, over)
         np.testing.assert_array_equal(infos["qa/catastrophe"], ~over)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_after_a_reset_by_hand_no_action_is_ignored(self, qa, masked):
+        envs = vector.VetoAction(sync(AutoresetMode.NEXT_STEP), "crash[k=3]", 0.0, qa=qa)
+        envs.reset(seed=0)
+        while not any(over := np.logical_or(*envs.step(np.zeros(ENVS, int))[2:4])):
+            pass
+        _, infos = envs.reset(options={"reset_mask": over}) if masked else envs.reset()
+        np.testing.assert_array_equal(infos["_qa/risk"], over if masked else np.ones(ENVS, bool))
+        infos = envs.step(np.zeros(ENVS, int))[4]
+        assert (infos["qa/executed_action"] == infos["did"]).all() and infos["qa/catastrophe"].all()
 
     def test_what_is_bound_after_a_reset_is_told_in_its_infos(self, qa):
         envs = vector.AnswerQuestions(sync(AutoresetMode.NEXT_STEP), KEYS[2:4])
