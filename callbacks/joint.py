@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
 from sb3_qa.policies import QAPolicyMixin
+from sb3_qa.question_file import dump_questions
 from sb3_qa.questions import Catalogue
 from sb3_qa.rare_events import RareEventMemory
 from sb3_qa.taps import CRITIC_ONLY, of_family, plain
@@ -76,6 +78,10 @@ class QACallback(BaseCallback):
             raise QAError(
                 f"QACallback got {type(self.model).__name__}; expected an algorithm with a rollout or replay buffer; use e.g. PPO or SAC"
             )
+        if isinstance(self.model.policy_kwargs.get("questions"), (str, PathLike)):
+            # The model is saved with its questions, not with the path of a file that may change or be elsewhere.
+            told = dump_questions(self._policy.qa_head.catalogue.questions)
+            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": told}
         if self.store == "executed" and not isinstance(self.model, OffPolicyAlgorithm):
             raise QAError(
                 f'QACallback got store="executed" with {type(self.model).__name__}; expected an algorithm with a replay buffer, as an '

@@ -1,26 +1,113 @@
-"""Recording facts while an agent acts: which facts the questions need, read once a step for all environments."""
+"""Facts that are written as data; and recording facts while an agent acts, read once a step for all environments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_qa.errors import QAError
-from sb3_qa.questions import Catalogue, Choice, Number, Target, YesNo, nearest
+from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
 from sb3_qa.truth import Step, fact_slots
 
-__all__ = ["FactReader"]
+__all__ = ["COMPARISONS", "FactOf", "FactReader", "check_facts"]
+
+COMPARISONS = ("above", "below", "equals")
 
 # Values that are taken as they are, by the kind of answer.
 _COMMON: dict[type, frozenset[type]] = {
     YesNo: frozenset([bool, np.bool_]),
     Number: frozenset([float, int, np.float32, np.float64]),
 }
+
+
+@dataclass(frozen=True)
+class FactOf:
+    """A fact that is written as data: an entry of the observation, of ``info`` or of the step, perhaps compared.
+
+    >>> FactOf(obs=(1,), above=0.5)(Step(np.array([0.0, 0.7]), 0, 0.0, False, False, {}))
+    True
+
+    :param obs: index into the observation
+    :param key: of a dictionary of observations
+    :param info: key of ``info``; the fact is absent where the key is
+    :param step: "reward", "terminated" or "truncated"
+    """
+
+    obs: tuple[int, ...] | None = None
+    key: str | None = None
+    info: str | None = None
+    step: str | None = None
+    above: float | None = None
+    below: float | None = None
+    equals: Any = None
+
+    def __call__(self, step: Step) -> Any:
+        value = self._value(step)
+        if value is None or not self.compared:
+            return value
+        return bool(
+            (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.equals is None or value == self.equals)
+        )
+
+    @property
+    def compared(self) -> bool:
+        """Whether the fact is a comparison, and so true or false."""
+        return any(getattr(self, name) is not None for name in COMPARISONS)
+
+    def _value(self, step: Step) -> Any:
+        if self.step is not None:
+            return getattr(step, self.step)
+        if self.info is not None:
+            return step.info.get(self.info)
+        entry = np.asarray(step.obs if self.key is None else step.obs[self.key])[self.obs or ()]
+        return entry.item()
+
+    def as_data(self) -> dict[str, Any]:
+        """How it is written in a file."""
+        data: dict[str, Any] = {}
+        if self.obs is not None:
+            index = self.obs[0] if len(self.obs) == 1 else list(self.obs)
+            data = {"obs": index} if self.key is None else {"obs": self.key, "index": index}
+        data |= {name: value for name in ("info", "step") if (value := getattr(self, name)) is not None}
+        return data | {name: value for name in COMPARISONS if (value := getattr(self, name)) is not None}
+
+
+def check_facts(questions: Iterable[Question], space: spaces.Space[Any]) -> None:
+    """Refuse facts about entries that the observations of this space do not have.
+
+    :raises QAError: naming question, entry and space
+    """
+    for question in questions:
+        fact = question.truth.fact
+        if not isinstance(fact, FactOf) or fact.obs is None:
+            continue
+        where = f"question {question.name!r} got the fact {fact.as_data()}"
+        part: spaces.Space[Any] | None = space
+        if isinstance(space, spaces.Dict):
+            if fact.key not in space.spaces:
+                raise QAError(
+                    f"{where}; expected a key of the observations, one of {nearest(str(fact.key), space.spaces)}; write obs = "
+                    f'"{next(iter(space.spaces))}", index = ...'
+                )
+            part = space.spaces[str(fact.key)]
+        elif fact.key is not None:
+            raise QAError(f"{where}, and observations are no dictionary but {space}; expected an index; write obs = 0")
+        shape = (part.shape if part is not None else None) or ()
+        inside = len(fact.obs) == len(shape) and all(-n <= i < n for i, n in zip(fact.obs, shape, strict=True))
+        if not inside and not (fact.obs == () and np.prod(shape) == 1):
+            raise QAError(
+                f"{where}; expected an index of one number in observations of the shape {shape}; give {len(shape)} whole number(s) "
+                "that lie in it"
+            )
 
 
 class Signal:

@@ -24,7 +24,9 @@ from stable_baselines3.common import torch_layers
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_qa.errors import QAError
+from sb3_qa.facts import FactOf
 from sb3_qa.policies import QAPolicyMixin, algorithms, qa_policy, stock_policies
+from sb3_qa.question_file import fact_of_data
 from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
 from sb3_qa.truth import Truth
 
@@ -97,6 +99,8 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
             raise QAError(
                 f"{os.fspath(path)} names the policy {description['policy']}, which is none; expected one; save it again"
             )
+        if base in _KNOWN:  # a policy of somebody's own may not take the argument
+            arguments["optimizer_class"] = _NoOptimizer
         with torch.random.fork_rng(devices=[]):
             policy: Any = qa_policy(base)(
                 _space_from_json(description["observation_space"]),
@@ -222,13 +226,35 @@ def _lookup(name: str, known: Mapping[str, type], path: Any) -> type:
     return known[name]
 
 
+class _NoOptimizer(torch.optim.Optimizer):
+    """What a frozen policy has for an optimiser. A real one imports torch's compiler: a second and 90 MB in every worker."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        self.defaults: dict[str, Any] = {}
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: Any = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Nothing is optimised."""
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """There are no steps."""
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """There are no steps."""
+
+
 def _no_learning(progress_remaining: float) -> float:
     return 0.0
 
 
 def _question_to_json(question: Question) -> dict[str, Any]:
     truth, answer = question.truth, question.answer
-    fact = truth.fact if isinstance(truth.fact, str) else getattr(truth.fact, "__name__", "callable")
+    fact: Any = truth.fact
+    if isinstance(fact, FactOf):
+        fact = fact.as_data()
+    elif not isinstance(fact, str):
+        fact = getattr(fact, "__name__", "callable")
     kind: dict[str, Any] = {"kind": "yesno"}
     if isinstance(answer, Choice):
         kind = {"kind": "choice", "options": list(answer.options)}
@@ -250,7 +276,10 @@ def _question_from_json(data: dict[str, Any]) -> Question:
         answer = Choice(*kind["options"])
     elif kind["kind"] == "number":
         answer = Number(kind["low"], kind["high"])
-    return Question(data["text"], Truth(**data["truth"]), answer, data["name"], **data["slots"])
+    truth = dict(data["truth"])
+    if not isinstance(truth["fact"], str):
+        truth["fact"] = fact_of_data(truth["fact"], f"question {data['name']!r}")
+    return Question(data["text"], Truth(**truth), answer, data["name"], **data["slots"])
 
 
 def _space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:

@@ -55,6 +55,23 @@ def test_lunar_lander(tmp_path):
     assert "Will I crash within 40 steps if I choose main engine?" in printed
 
 
+@pytest.mark.timeout(240)
+def test_cleanrl_ppo(tmp_path):
+    """Taught from a question file first; then with its answerer given, and environments in processes of their own."""
+    short = ("--total-timesteps", "512", "--num-steps", "64", "--num-envs", "4")
+    run("cleanrl_ppo.py", tmp_path, "--teach-timesteps", "1024", *short, timeout=200)
+    history = json.loads((tmp_path / "out/results.json").read_text())["history"]
+    assert [row["steps"] for row in history] == [256, 512]
+    for row in history:
+        assert 8 < row["return"] == row["length"] < 100
+        assert 0.0 < row["risk"] < 1.0 and math.isfinite(row["shaping"]) and row["shaping"] != 0.0
+    given = ("--qa", "out/driver.qa", "--async-envs", "--threshold", "0.0")
+    printed = run("cleanrl_ppo.py", tmp_path, *given, *short, timeout=200)
+    assert printed.count("return") == 2
+    again = json.loads((tmp_path / "out/results.json").read_text())["history"]
+    assert all(row["vetoed"] > 0.1 for row in again)  # everything is vetoed that is not the safest
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_highway(tmp_path):

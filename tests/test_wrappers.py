@@ -1,5 +1,6 @@
 """What every question-answering wrapper promises: what it tells and of which states, its forms, its binding."""
 
+import dataclasses
 import threading
 import warnings
 
@@ -477,6 +478,43 @@ class TestBinding:
         with pytest.raises(QAError, match=r"has the action space Discrete\(4\) but its answerer's is Discrete\(3\)"):
             make(action_space=spaces.Discrete(4))
 
+    @pytest.mark.parametrize(
+        "wrap", [lambda qa: AnswerQuestions(Toy(), qa=qa), lambda qa: VecAnswerQuestions(toys(), qa=qa)]
+    )
+    def test_what_is_no_answerer(self, wrap, tmp_path):
+        model = make_model(toys())
+        with pytest.raises(QAError, match=r"AnswerQuestions got qa=PPO; expected a .*; write qa=.*from_model\(model\)"):
+            wrap(model)
+        model.save(tmp_path / "model.zip")
+        with pytest.raises(QAError, match=r"model.zip cannot be read .*expected a whole file written by .*save\(\)"):
+            wrap(tmp_path / "model.zip")
+        with pytest.raises(QAError, match="there is no file"):
+            wrap(tmp_path)
+
+    @pytest.mark.parametrize("form", ["single", "vector"])
+    def test_answerer_of_other_questions(self, saved, form):
+        wrong = {
+            (AnswerQuestions, VecAnswerQuestions): dict(questions=["speed", "height"]),
+            (ShapeReward, VecShapeReward): dict(rewards={"height": 1.0}),
+            (VetoAction, VecVetoAction): dict(question="height", threshold=0.5),
+        }
+        for (single, vector), arguments in wrong.items():
+            with pytest.raises(
+                QAError,
+                match=r"(Answer|Shape|Veto)\w+ got an answerer that was not taught 'height'; .*'speed'.*; ask one",
+            ):
+                single(Toy(), qa=saved, **arguments) if form == "single" else vector(toys(), qa=saved, **arguments)
+
+    def test_an_answerer_of_a_path_is_loaded_once_and_anew_when_written_anew(self, qa, tmp_path):
+        path = tmp_path / "x.qa"
+        qa.save(path)
+        first, same = (AnswerQuestions(Toy(), qa=path).rule.qa for _ in range(2))
+        assert first is same is VecAnswerQuestions(toys(), qa=str(path)).rule.qa
+        assert QuestionAnswerer.load(path) is not first  # who asks for one of his own gets one
+        make_qa(action_space=spaces.Discrete(4)).save(path)
+        assert AnswerQuestions(Toy(spaces.Discrete(4)), qa=path).rule.qa.policy.action_space.n == 4
+        assert first.policy.action_space.n == 3
+
     def test_missing_file(self, tmp_path):
         with pytest.raises(QAError, match="there is no file"):
             AnswerQuestions(Toy(), qa=tmp_path / "nothing.qa")
@@ -526,6 +564,80 @@ class TestGymnasium:
             np.testing.assert_array_equal(obs, obs_2)
             assert reward == reward_2
             assert info == info_2
+
+    @pytest.mark.parametrize("way", ["registered", "replaced", "json"])
+    def test_made_by_their_specs(self, pole, way):
+        """What is given as data makes what is made by hand."""
+        qa = str(pole[1])
+        wrappers = (
+            ShapeReward.wrapper_spec(rewards={"danger": -1.0}, mode="potential", gamma=0.9, qa=qa),
+            VetoAction.wrapper_spec(question="crash[k=3]", threshold=0.5, on_veto="policy", penalty=0.1, seed=3, qa=qa),
+            AnswerQuestions.wrapper_spec(questions=["speed"], qa=qa),
+        )
+        spec = dataclasses.replace(gym.spec("CartPole-v1"), additional_wrappers=wrappers)
+        if way == "registered":
+            gym.register("SafePole-v0", spec.entry_point, max_episode_steps=500, additional_wrappers=wrappers)
+        try:
+            given = {"registered": "SafePole-v0", "replaced": spec, "json": EnvSpec.from_json(spec.to_json())}
+            made = gym.make(given[way])
+        finally:
+            gym.registry.pop("SafePole-v0", None)
+        check(made)
+        actions = np.random.default_rng(0).integers(2, size=30)
+        for (obs, reward, info), (obs_2, reward_2, info_2) in zip(
+            play(self.nested(qa), actions), play(made, actions), strict=True
+        ):
+            np.testing.assert_array_equal(obs, obs_2)
+            assert reward == reward_2
+            assert info == info_2
+
+    def test_arguments_that_json_does_not_know_are_written_as_what_they_are(self, pole):
+        env = ShapeReward(gym.make("CartPole-v1"), {"danger": np.float32(-0.5)}, gamma=np.float64(0.5), qa=pole[1])
+        env = VetoAction(env, "crash[k=3]", np.float32(0.5), penalty=np.float32(1), seed=np.int64(3), qa=pole[1])
+        env = AnswerQuestions(env, ("speed",), qa=pole[1])
+        assert str(gym.make(EnvSpec.from_json(env.spec.to_json()))) == str(env)
+
+    def test_functions_are_written_by_their_names(self, pole):
+        env = ShapeReward(gym.make("CartPole-v1"), halved, qa=pole[1])
+        env = VetoAction(env, "crash[k=3]", 0.0, on_veto=other_pole, qa=pole[1])
+        shape, veto = (wrapper.kwargs for wrapper in EnvSpec.from_json(env.spec.to_json()).additional_wrappers)
+        assert (shape["rewards"], veto["on_veto"]) == ("test_wrappers:halved", "test_wrappers:other_pole")
+        made = gym.make(EnvSpec.from_json(env.spec.to_json()))
+        assert (made.rule.on_veto, made.env.rule.rewards) == (other_pole, halved)
+
+    @pytest.mark.parametrize("kind", ["lambda", "method", "object"])
+    def test_a_function_without_a_name_is_refused_when_made_again(self, pole, kind):
+        """From JSON, at once and not at the first veto; in this process it is still at hand."""
+
+        class Half:
+            def __init__(self):
+                self.lock = threading.Lock()
+
+            def reward(self, told):
+                return halved(told)
+
+            def __call__(self, told):
+                return halved(told)
+
+        half = {"lambda": lambda told: halved(told), "method": Half().reward, "object": Half()}[kind]
+        env = AnswerQuestions(ShapeReward(gym.make("CartPole-v1"), half, qa=pole[1]), qa=pole[1])
+        assert gym.make(env.spec).env.rule.rewards is half
+        spec = EnvSpec.from_json(env.spec.to_json())
+        with pytest.raises(
+            QAError, match=r"ShapeReward, rewards, got 'test_wrappers:<.*>', which names no function .*def"
+        ):
+            gym.make(spec)
+
+    def test_functions_may_be_named(self, qa):
+        env = VetoAction(
+            ShapeReward(Toy(), "test_wrappers:halved", qa=qa), "crash[k=3]", 0.0, "test_wrappers:two", qa=qa
+        )
+        env.reset(seed=0)
+        info = env.step(0)[4]
+        assert info["did"] == 2
+        assert info["qa/shaping_reward"] == pytest.approx(0.5 * info["qa/danger"])
+        with pytest.raises(QAError, match="VetoAction, on_veto, got 'test_wrappers:nobody'; expected a function in"):
+            VetoAction(Toy(), "crash[k=3]", 0.0, "test_wrappers:nobody", qa=qa)
 
     def test_spec_of_a_live_answerer_is_to_be_bound_again(self, pole):
         env = self.nested(pole[0])
@@ -586,9 +698,22 @@ class TestGymnasium:
         check(VetoAction(Toy(space), "crash[k=1]", 0.0, qa=make_qa(action_space=space)))
 
 
+def halved(told):
+    return 0.5 * told["danger"]
+
+
+def other_pole(obs, action):
+    return 1 - action
+
+
+def two(obs, action):
+    return 2
+
+
 def check(env):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is different from the unwrapped version")
+        warnings.filterwarnings("ignore", message=r".*Box observation space m\w+ value is -?infinity")  # CartPole's
         check_env(env, skip_render_check=True)
     sb3_check_env(env)
 

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -217,6 +218,55 @@ def run_vec(venv, actions, seed=7):
             )
             if dones[i]:
                 moments.append(Moment(None, None, copied(one(obs, i)), 0.0, False, False, venv.reset_infos[i]))
+    return each
+
+
+IGNORED = 99  # no action of anybody's: given where an environment is about to reset itself
+
+
+def info_of(infos, i):
+    """What vector infos tell of one environment."""
+    told = {}
+    for key, value in infos.items():
+        if not key.startswith("_") and key not in ("final_obs", "final_info") and infos[f"_{key}"][i]:
+            told[key] = value[i].item() if isinstance(value[i], np.generic) else value[i]
+    return told
+
+
+def run_gym_vec(envs, actions, seed=7, ignored=IGNORED):
+    """Moments of each environment of a gymnasium vector environment, whichever way it resets itself.
+
+    Each takes its column of ``actions`` (n_steps, n_envs, ...) as fast as it takes actions at all.
+    """
+    mode, n = envs.metadata["autoreset_mode"], envs.num_envs
+    obs, infos = envs.reset(seed=seed)
+    each = [[Moment(None, None, one(copied(obs), i), 0.0, False, False, info_of(infos, i))] for i in range(n)]
+    taken, resetting = [0] * n, np.zeros(n, bool)
+    while min(taken) < len(actions):
+        chosen = [ignored if resetting[i] else actions[min(taken[i], len(actions) - 1)][i] for i in range(n)]
+        before = copied(obs)
+        obs, rewards, terminated, truncated, infos = envs.step(np.array(chosen))
+        done = terminated | truncated
+        for i, moments in enumerate(each):
+            if resetting[i]:
+                assert rewards[i] == 0.0 and not done[i]
+                more = [Moment(None, None, one(copied(obs), i), 0.0, False, False, info_of(infos, i))]
+            else:
+                same = done[i] and mode is AutoresetMode.SAME_STEP
+                after, info = (infos["final_obs"][i], infos["final_info"]) if same else (one(obs, i), infos)
+                ends = bool(terminated[i]), bool(truncated[i])
+                more = [Moment(one(before, i), chosen[i], copied(after), float(rewards[i]), *ends, info_of(info, i))]
+                if same:
+                    more.append(Moment(None, None, one(copied(obs), i), 0.0, False, False, info_of(infos, i)))
+            if taken[i] < len(actions):
+                moments.extend(more)
+            taken[i] += not resetting[i]
+        resetting = done & (mode is AutoresetMode.NEXT_STEP)
+        if mode is AutoresetMode.DISABLED and done.any():
+            obs, infos = envs.reset(options={"reset_mask": done})
+            for i in done.nonzero()[0]:
+                if taken[i] <= len(actions):
+                    each[i].append(Moment(None, None, one(copied(obs), i), 0.0, False, False, info_of(infos, i)))
     return each
 
 

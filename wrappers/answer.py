@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import gymnasium as gym
@@ -12,10 +13,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.errors import QAError
+from sb3_qa.question_file import is_question_file, load_questions
+from sb3_qa.questions import nearest
 from sb3_qa.values import PointValues
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, recorded
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, as_data, recorded
 
-__all__ = ["AnswerQuestions", "AnswerRule", "VecAnswerQuestions"]
+__all__ = ["AnswerQuestions", "AnswerRule", "Asked", "VecAnswerQuestions"]
+
+Asked = Sequence[str] | str | PathLike[str] | None
 
 
 class AnswerRule(Rule):
@@ -23,11 +29,37 @@ class AnswerRule(Rule):
     action executed. At a reset no action has been executed yet; the one the policy prefers stands for it.
     """
 
-    def __init__(self, name: str, questions: Sequence[str] | None, qa: QA, unbound: str) -> None:
+    def __init__(self, name: str, questions: Asked, qa: QA, unbound: str) -> None:
         super().__init__(name, qa, unbound)
-        self.questions = None if questions is None else list(questions)
+        self.texts: dict[str, str] = {}
+        if is_question_file(questions):
+            instances = [instance for question in load_questions(questions) for instance in question.instances]
+            self.texts = {instance.key: instance.text for instance in instances}
+            questions = list(self.texts)
+        keys = None if questions is None or isinstance(questions, (str, PathLike)) else list(questions)
+        if questions is not None and (keys is None or not all(isinstance(key, str) for key in keys)):
+            raise QAError(
+                f"{name} got questions={questions!r}; expected a list of instances' keys, a question file, or None for all; write e.g. "
+                '["crash[k=5]"]'
+            )
+        self.questions = keys
         self.values: PointValues | None = None
         self._info_keys: list[str] = []
+
+    def bind(self, qa: QuestionAnswerer) -> None:
+        unknown = [key for key in self.questions or [] if key not in qa.questions]
+        if unknown:
+            raise QAError(
+                f"{self.name} got an answerer that was not taught {', '.join(map(repr, unknown))}; there is no question {unknown[0]!r}; "
+                f"expected one of {nearest(unknown[0], qa.questions)}; ask one of its questions, or give the answerer that learnt these"
+            )
+        for key, text in self.texts.items():
+            if qa.catalogue.find(key).text != text:
+                raise QAError(
+                    f"{self.name} got an answerer whose {key!r} is {qa.catalogue.find(key).text!r}; expected {text!r}, as in the "
+                    "question file; give the answerer that learnt from it"
+                )
+        super().bind(qa)
 
     def on_bind(self, qa: QuestionAnswerer) -> None:
         self.values = qa.values(qa.questions if self.questions is None else self.questions)
@@ -69,17 +101,15 @@ class AnswerRule(Rule):
 class AnswerQuestions(QAWrapper, RecordConstructorArgs):
     """Put the answers into ``info`` at every step, reset included. Vector form: :class:`VecAnswerQuestions`.
 
-    :param questions: keys of the instances to answer, all if None
+    :param questions: keys of the instances to answer, a question file to answer all of, or None for all
     :param qa: a QuestionAnswerer, the path of a saved one, or None to be bound later
     :param unbound: what to do at a step without an answerer: "error" or "pass"
     """
 
-    def __init__(
-        self, env: gym.Env[Any, Any], questions: Sequence[str] | None = None, qa: QA = None, unbound: str = "error"
-    ) -> None:
+    def __init__(self, env: gym.Env[Any, Any], questions: Asked = None, qa: QA = None, unbound: str = "error") -> None:
         rule = AnswerRule("AnswerQuestions", questions, qa, unbound)
         RecordConstructorArgs.__init__(
-            self, _disable_deepcopy=True, questions=rule.questions, qa=recorded(qa), unbound=unbound
+            self, _disable_deepcopy=True, questions=as_data(rule.questions), qa=recorded(qa), unbound=unbound
         )
         QAWrapper.__init__(self, env, rule, qa)
 
@@ -87,12 +117,10 @@ class AnswerQuestions(QAWrapper, RecordConstructorArgs):
 class VecAnswerQuestions(VecQAWrapper):
     """Put the answers into each ``info`` at every step, and into ``reset_infos``. Single form: :class:`AnswerQuestions`.
 
-    :param questions: keys of the instances to answer, all if None
+    :param questions: keys of the instances to answer, a question file to answer all of, or None for all
     :param qa: a QuestionAnswerer, the path of a saved one, or None to be bound later
     :param unbound: what to do at a step without an answerer: "error" or "pass"
     """
 
-    def __init__(
-        self, venv: VecEnv, questions: Sequence[str] | None = None, qa: QA = None, unbound: str = "error"
-    ) -> None:
+    def __init__(self, venv: VecEnv, questions: Asked = None, qa: QA = None, unbound: str = "error") -> None:
         super().__init__(venv, AnswerRule("VecAnswerQuestions", questions, qa, unbound), qa)

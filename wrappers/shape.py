@@ -14,15 +14,18 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
+from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import Choice
 from sb3_qa.wrappers.answer import AnswerRule
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, recorded
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, as_data, recorded
 
 __all__ = ["Rewards", "ShapeReward", "ShapeRule", "VecShapeReward", "potential_shaping"]
 
 Floats = NDArray[np.float32]
-Rewards = Mapping[str, float] | Callable[[dict[str, Floats]], Any]
-"""Weights of instances, or a callable of the answers: a dict from instance to point values (n_envs,)."""
+Weights = Mapping[str, float] | Callable[[dict[str, Floats]], Any]
+Rewards = Weights | str
+"""Weights of instances, or a callable of the answers: a dict from instance to point values (n_envs,); or the callable's name,
+``"package.module:function"``, where only plain data can be given."""
 
 
 def potential_shaping(
@@ -48,6 +51,8 @@ class ShapeRule(AnswerRule):
             raise QAError(f'{name} got mode={mode!r}; expected "add", "replace" or "potential"; give one of them')
         if gamma is not None and (not isinstance(gamma, Real) or not 0.0 <= gamma <= 1.0):
             raise QAError(f"{name} got gamma={gamma!r}; expected a number in [0, 1]; give the agent's discount")
+        if isinstance(rewards, str) and is_function_name(rewards):
+            rewards = function_named(rewards, f"{name}, rewards,")
         if not callable(rewards):
             if not isinstance(rewards, Mapping) or not rewards:
                 raise QAError(
@@ -59,7 +64,7 @@ class ShapeRule(AnswerRule):
                         f"{name} got the weight {weight!r} for {key!r}; expected a finite number; give e.g. -1.0"
                     )
         super().__init__(name, None if callable(rewards) else list(rewards), qa, unbound)
-        self.rewards: Rewards = rewards if callable(rewards) else dict(rewards)
+        self.rewards: Weights = rewards if callable(rewards) else dict(rewards)
         self.mode = mode
         self.gamma = gamma
         self.discount: float | None = gamma
@@ -135,7 +140,13 @@ class ShapeReward(QAWrapper, RecordConstructorArgs):
     ) -> None:
         rule = ShapeRule("ShapeReward", rewards, mode, gamma, qa, unbound)
         RecordConstructorArgs.__init__(
-            self, _disable_deepcopy=True, rewards=rule.rewards, mode=mode, gamma=gamma, qa=recorded(qa), unbound=unbound
+            self,
+            _disable_deepcopy=True,
+            rewards=as_data(rule.rewards),
+            mode=mode,
+            gamma=as_data(gamma),
+            qa=recorded(qa),
+            unbound=unbound,
         )
         QAWrapper.__init__(self, env, rule, qa)
 

@@ -1,16 +1,20 @@
 """What every question-answering wrapper shares: a rule that works on batches, and the shells that feed it.
 
 A *rule* holds all that a wrapper decides. A *shell* fits it to an interface: :class:`QAWrapper` is a
-``gymnasium.Wrapper`` (a batch of one), :class:`VecQAWrapper` an SB3 ``VecEnvWrapper``.
+``gymnasium.Wrapper`` (a batch of one), :class:`VecQAWrapper` an SB3 ``VecEnvWrapper``; that of ``gymnasium.vector`` is in
+:mod:`sb3_qa.wrappers.vector`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecE
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory
+from sb3_qa.named import FunctionName
 
 __all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
 
@@ -80,6 +85,8 @@ class Rule:
         """What a recurrent policy remembers of each environment when it sees ``obs``; None of other policies."""
         self.own = qa is not None
         self._stepped = False  # whether there have been steps since the last reset of all environments
+        self.acting: NDArray[np.bool_] | bool = True
+        """Which environments execute their action; one that is about to reset itself ignores it, and nothing is vetoed there."""
 
     def seed(self, seed: int) -> None:
         """Begin again whatever is drawn at random. May be extended."""
@@ -164,21 +171,53 @@ class Rule:
 
     def executed(self, actions: NDArray[Any], infos: list[Info]) -> NDArray[Any]:
         """The actions that were really executed, should a veto further in have replaced some."""
-        if "qa/executed_action" not in infos[0]:
+        if not any("qa/executed_action" in info for info in infos):
             return actions
         return np.stack(
             [np.asarray(info.get("qa/executed_action", action)) for info, action in zip(infos, actions, strict=True)]
         )
 
 
-def as_answerer(qa: QA) -> QuestionAnswerer | None:
-    """``qa=`` as it is, or loaded from its path."""
-    return qa if qa is None or isinstance(qa, QuestionAnswerer) else QuestionAnswerer.load(qa)
+_LOADED: weakref.WeakValueDictionary[str, QuestionAnswerer] = weakref.WeakValueDictionary()
+
+
+def as_answerer(name: str, qa: QA) -> QuestionAnswerer | None:
+    """``qa=`` as it is, or loaded from its path: once in a process for all wrappers that have it, as nobody trains it.
+
+    :raises QAError: when it is something else, or the file is missing or no answerer's
+    """
+    if qa is None or isinstance(qa, QuestionAnswerer):
+        return qa
+    if not isinstance(qa, (str, PathLike)):
+        made = "QuestionAnswerer.from_model(model)"
+        raise QAError(
+            f"{name} got qa={type(qa).__name__}; expected a QuestionAnswerer, the path of a saved one, or None; write qa={made}"
+        )
+    path = Path(qa)
+    if not path.is_file():
+        return QuestionAnswerer.load(path)  # who says what is missing
+    # By content, not by path: a file that has been written anew is another answerer.
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    answerer = _LOADED.get(content)
+    if answerer is None:
+        _LOADED[content] = answerer = QuestionAnswerer.load(path)
+    return answerer
 
 
 def recorded(qa: QA) -> str | None:
     """``qa=`` as it stands in an environment's spec, which is JSON: a path; an answerer at hand is to be bound again."""
-    return None if qa is None or isinstance(qa, QuestionAnswerer) else os.fspath(qa)
+    return os.fspath(qa) if isinstance(qa, (str, PathLike)) else None
+
+
+def as_data(value: Any) -> Any:
+    """An argument as it stands in an environment's spec: plain data, with functions by their names."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_data(item) for item in value]
+    return FunctionName(value) if callable(value) else value
 
 
 def plain(action: Any) -> Any:
@@ -197,10 +236,13 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
     """Shell for one environment: a batch of one."""
 
     def __init__(self, env: gym.Env[Any, Any], rule: Rule, qa: QA) -> None:
+        if not isinstance(env, gym.Env):
+            other = f"sb3_qa.wrappers.{'Vec' if isinstance(env, VecEnv) else 'vector.'}{rule.name}"
+            raise QAError(f"{rule.name} got a {type(env).__name__}; expected one gymnasium.Env; wrap it in {other}")
         super().__init__(env)
         self.rule = rule
         self._first_info: Info | None = None  # what was told at the reset, until the first step
-        answerer = as_answerer(qa)
+        answerer = as_answerer(rule.name, qa)
         if answerer is not None:
             self.bind(answerer)
 
@@ -209,8 +251,7 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
 
         :raises QAError: when it does not
         """
-        if qa.normalized:
-            raise QAError(_normalized(type(self).__name__, f"Vec{type(self).__name__}"))
+        refuse_normalized(type(self).__name__, f"Vec{type(self).__name__}", qa)
         check_spaces(type(self).__name__, qa, self.observation_space, self.action_space)
         self.rule.bind(qa)
         if self.rule.obs is not None:  # bound after a reset, as in learn(): tell now what the reset could not
@@ -253,11 +294,18 @@ class VecQAWrapper(VecEnvWrapper):
     """Shell for an SB3 vectorised environment. ``reset_infos`` tells the same keys for first states."""
 
     def __init__(self, venv: VecEnv, rule: Rule, qa: QA) -> None:
+        if not isinstance(venv, VecEnv):
+            single = rule.name.removeprefix("Vec")
+            other = f"sb3_qa.wrappers.{single if isinstance(venv, gym.Env) else f'vector.{single}'}"
+            raise QAError(
+                f"{rule.name} got a {type(venv).__name__}; expected a VecEnv of stable-baselines3; wrap it in {other}, or give "
+                "make_vec_env(...)"
+            )
         super().__init__(venv)
         self.rule = rule
         self._actions: NDArray[Any] = np.zeros(0)
         self._first = np.ones(venv.num_envs, np.bool_)  # which environments are in the first state of an episode
-        answerer = as_answerer(qa)
+        answerer = as_answerer(rule.name, qa)
         if answerer is not None:
             self.bind(answerer)
 
@@ -268,8 +316,8 @@ class VecQAWrapper(VecEnvWrapper):
         """
         name = type(self).__name__
         inside = [wrapper for wrapper in _chain(self.venv) if isinstance(wrapper, VecNormalize) and wrapper.norm_obs]
-        if qa.normalized and not inside:
-            raise QAError(_normalized(name, name))
+        if not inside:
+            refuse_normalized(name, name, qa)
         if inside and not qa.normalized:
             raise QAError(
                 f"{name} sees observations normalised by VecNormalize but its answerer learnt from raw ones; expected the same; "
@@ -406,11 +454,16 @@ def _chain(env: Any) -> Iterator[Any]:
         env = env.venv if isinstance(env, VecEnvWrapper) else None
 
 
-def _normalized(name: str, vec_name: str) -> str:
-    return (
-        f"the answerer of {name} learnt from observations normalised by VecNormalize, and this environment has none inside; "
-        f"expected the same observations; wrap {vec_name}(VecNormalize.load(path, env), qa=...)"
-    )
+def refuse_normalized(name: str, vec_name: str, qa: QuestionAnswerer) -> None:
+    """Refuse an answerer that learnt from observations as only ``VecNormalize`` makes them.
+
+    :raises QAError: with the wrapping that works
+    """
+    if qa.normalized:
+        raise QAError(
+            f"the answerer of {name} learnt from observations normalised by VecNormalize, and this environment has none inside; "
+            f"expected the same observations; wrap {vec_name}(VecNormalize.load(path, env), qa=...)"
+        )
 
 
 def _batch(obs: Any) -> Any:

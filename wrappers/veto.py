@@ -11,7 +11,7 @@ from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.recorder import FlightRecorder
-from sb3_qa.wrappers.shell import QA, QAWrapper, VecQAWrapper, recorded
+from sb3_qa.wrappers.shell import QA, QAWrapper, VecQAWrapper, as_data, recorded
 from sb3_qa.wrappers.substitutes import OnVeto, is_catastrophe, safest
 from sb3_qa.wrappers.veto_rule import Record, VetoRule
 
@@ -47,11 +47,11 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             self,
             _disable_deepcopy=True,
             question=question,
-            threshold=threshold,
-            on_veto=on_veto,
+            threshold=as_data(threshold),
+            on_veto=as_data(on_veto),
             shadow=shadow,
-            penalty=penalty,
-            seed=seed,
+            penalty=as_data(penalty),
+            seed=as_data(seed),
             qa=recorded(qa),
             unbound=unbound,
             record=record.path if isinstance(record, FlightRecorder) else recorded(record),

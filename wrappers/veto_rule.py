@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
+from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import YesNo
 from sb3_qa.recorder import FlightRecorder
 from sb3_qa.wrappers.answer import AnswerRule
@@ -88,6 +89,8 @@ class VetoRule(AnswerRule):
         super().__init__(name, [question], qa, unbound)
         if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
             raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
+        if isinstance(on_veto, str) and is_function_name(on_veto):
+            on_veto = function_named(on_veto, f"{name}, on_veto,")
         if isinstance(on_veto, type) or not (
             callable(on_veto) or isinstance(on_veto, Fallback) or on_veto in ("safest", "policy")
         ):
@@ -147,7 +150,10 @@ class VetoRule(AnswerRule):
         :param env: the wrapper itself
         :raises QAError: when a fallback policy does not fit it, or it has no frames to record
         """
-        check_fallback(self.name, self.on_veto, env.observation_space, env.action_space)
+        spaces_of_one = [
+            getattr(env, f"single_{name}", getattr(env, name)) for name in ("observation_space", "action_space")
+        ]
+        check_fallback(self.name, self.on_veto, *spaces_of_one)
         if self.evidence is not None:
             self.evidence.watch(env)
 
@@ -216,7 +222,7 @@ class VetoRule(AnswerRule):
             risk = risks[np.arange(len(actions)), self._index(actions)]
         else:
             risk = self.risk(actions)
-        flagged = self.judge(risk)
+        flagged = self.judge(risk) & self.acting
         vetoed = unsafe = np.zeros(len(actions), np.bool_)
         decision, substitute_flagged, executed = None, None, actions
         rows = np.flatnonzero(flagged)

@@ -14,10 +14,12 @@ from torch import nn
 
 from sb3_qa.critics import TARGETS, Critics
 from sb3_qa.errors import QAError
+from sb3_qa.facts import check_facts
 from sb3_qa.head import QAHead
 from sb3_qa.joint import JointTraining
 from sb3_qa.memory import is_recurrent, lstm_arguments
-from sb3_qa.questions import Catalogue, Question
+from sb3_qa.question_file import QuestionSource, load_questions
+from sb3_qa.questions import Catalogue
 from sb3_qa.taps import Taps, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
@@ -29,7 +31,7 @@ class QAPolicyMixin:
     ``parameters()`` yields the agent's own parameters, which is what SB3 clips the gradient of; the head's are
     ``qa_head.parameters()``. ``named_parameters()``, ``state_dict()`` and the optimiser hold both.
 
-    :param questions: what is to be answered
+    :param questions: what is to be answered: a list of questions, or a question file, see :mod:`sb3_qa.question_file`
     :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off
     :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint) to 0 (the head only listens)
     :param qa_net_arch: widths of the head's own layers
@@ -41,11 +43,12 @@ class QAPolicyMixin:
 
     qa_head: QAHead
     action_space: spaces.Space[Any]
+    observation_space: spaces.Space[Any]
 
     def __init__(
         self,
         *args: Any,
-        questions: Sequence[Question] | None = None,
+        questions: QuestionSource | None = None,
         qa_coef: float = 0.5,
         qa_trunk_gradient: float = 1.0,
         qa_net_arch: Sequence[int] = (32,),
@@ -58,11 +61,13 @@ class QAPolicyMixin:
             raise QAError(
                 f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...])"
             )
+        questions = load_questions(questions)
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
         catalogue = Catalogue(questions)
         _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
+        check_facts(catalogue.questions, self.observation_space)
         self.qa_kwargs: dict[str, Any] = dict(
             questions=list(questions),
             qa_coef=qa_coef,
