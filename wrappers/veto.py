@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
 from sb3_qa.questions import YesNo
 from sb3_qa.wrappers.answer import AnswerRule
+from sb3_qa.wrappers.guard import guard_of, recorded_threshold
 from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, no_action, plain, recorded, row
 
 __all__ = ["RandomVetoRule", "VecRandomVeto", "VecVetoAction", "VetoAction", "VetoRule", "is_catastrophe", "safest"]
@@ -75,7 +77,7 @@ class VetoRule(AnswerRule):
         self,
         name: str,
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto,
         shadow: bool,
         penalty: float,
@@ -84,8 +86,12 @@ class VetoRule(AnswerRule):
         unbound: str,
     ) -> None:
         super().__init__(name, [question], qa, unbound)
-        if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
-            raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
+        self.guard = guard_of(name, question, threshold, shadow)
+        limit: Any = threshold if self.guard is None else self.guard.certificate.threshold
+        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0.0 <= limit <= 1.0:
+            raise QAError(
+                f"{name} got threshold={threshold!r}; expected a probability in [0, 1], or a Certificate; give e.g. 0.3"
+            )
         if not (callable(on_veto) or on_veto in ("safest", "policy")):
             raise QAError(
                 f'{name} got on_veto={on_veto!r}; expected "safest", "policy" or a callable (obs, proposed_action) -> action'
@@ -95,7 +101,7 @@ class VetoRule(AnswerRule):
                 f"{name} got penalty={penalty!r}; expected a number, at least 0; it is taken from the reward of a vetoed step"
             )
         self.question = question
-        self.threshold = float(threshold)
+        self.threshold = float(limit)
         self.on_veto = on_veto
         self.shadow = shadow
         self.penalty = float(penalty)
@@ -124,6 +130,8 @@ class VetoRule(AnswerRule):
                 f"{self.name} got {self.question!r}, which is not about an action, so no action can be told safer; expected {{action}} in "
                 "its text; or give on_veto a callable (obs, proposed_action) -> action"
             )
+        if self.guard is not None:
+            self.guard.bind(qa)
         super().on_bind(qa)
         # A copy, as it will be sampled from, and the agent's own random stream is left alone.
         self.space = copy.deepcopy(qa.policy.action_space)
@@ -141,9 +149,14 @@ class VetoRule(AnswerRule):
         rewards = {"qa/raw_reward": 0.0, "qa/shaping_reward": 0.0} if self.penalty else {}
         table = self.at_first(index)
         verdicts = [_verdict(risk, False, False, nobody, nobody) for (risk,) in table.tolist()]
-        return [{**told, **verdict, **rewards} for told, verdict in zip(self.told(table), verdicts, strict=True)]
+        infos = [{**told, **verdict, **rewards} for told, verdict in zip(self.told(table), verdicts, strict=True)]
+        if self.guard is not None:
+            self.guard.begin(index, infos)
+        return infos
 
     def act(self, actions: NDArray[Any]) -> NDArray[Any]:
+        if self.guard is not None:
+            self.guard.check(self.qa)
         proposed = actions
         candidates, risk = None, None
         if self._listed is not None and self._about_action:
@@ -206,6 +219,8 @@ class VetoRule(AnswerRule):
         for i, (info, told, r, flag, veto) in enumerate(rows):
             veto = veto or bool(info.get("qa/vetoed", False))
             info.update(told, **_verdict(r, flag, veto, plain(proposed[i]), plain(executed[i])))
+        if self.guard is not None:
+            self.guard.watch(flagged, arrival)
         if self.penalty:
             raw = arrival.rewards
             arrival.rewards = (raw - self.penalty * vetoed).astype(raw.dtype)
@@ -284,7 +299,7 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
         self,
         env: gym.Env[Any, Any],
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto = "safest",
         shadow: bool = False,
         penalty: float = 0.0,
@@ -296,7 +311,7 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             self,
             _disable_deepcopy=True,
             question=question,
-            threshold=threshold,
+            threshold=recorded_threshold(threshold),
             on_veto=on_veto,
             shadow=shadow,
             penalty=penalty,
@@ -316,7 +331,10 @@ class VecVetoAction(VecQAWrapper):
     question as :class:`VecAnswerQuestions` does: about the executed action. A risk that is not finite counts as a catastrophe.
 
     :param question: key of a yes/no instance about ``{action}``, yes being the catastrophe
-    :param threshold: an action is judged catastrophic when its risk is at least this
+    :param threshold: an action is judged catastrophic when its risk is at least this: a number, or a
+        :class:`~sb3_qa.certificate.Certificate`. The latter refuses an answerer that is not the one certified, now and
+        as soon as its weights change; and if the fact is an ``info`` key, ``qa/alarm`` tells whether catastrophes
+        without a flag have come more often than certified (:class:`~sb3_qa.monitor.MissMonitor`; ``rule.guard.monitor``)
     :param on_veto: what is executed instead: the "safest" action; by "policy", the most preferred one under the
         threshold, or else the safest; or a callable ``(obs, proposed_action) -> action``. Continuous actions are
         judged over candidates from the policy and from the action space
@@ -331,7 +349,7 @@ class VecVetoAction(VecQAWrapper):
         self,
         venv: VecEnv,
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto = "safest",
         shadow: bool = False,
         penalty: float = 0.0,
