@@ -354,9 +354,9 @@ def certify(
     safe, alarms = played.episodes - played.catastrophes, int(played.false_alarms[index])
     if false_alarm_rate is not None and alarms > allowed(safe, false_alarm_rate, each):
         raise NotCertified(
-            f"no threshold of {question!r} keeps both claims: the highest that keeps {miss_rate=:g} is {grid[index]:.3g}, where {alarms} of "
-            f"{safe} episodes without a catastrophe have a flag; expected at most {max(allowed(safe, false_alarm_rate, each), 0)} for "
-            f"{false_alarm_rate=:g}; train longer, claim less, or leave it out",
+            f"no threshold of {question!r} keeps both claims: the highest that keeps {miss_rate=:g} is {grid[index]:.3g}, where "
+            f"{alarms} of {safe} episodes without a catastrophe have a flag; expected at most "
+            f"{max(allowed(safe, false_alarm_rate, each), 0)} for {false_alarm_rate=:g}; train longer, claim less, or leave it out",
             played.catastrophes,
             played.episodes,
             needed(miss_rate, each),

@@ -88,7 +88,7 @@ class VetoRule(AnswerRule):
         super().__init__(name, [question], qa, unbound)
         self.guard = guard_of(name, question, threshold, shadow)
         limit: Any = threshold if self.guard is None else self.guard.certificate.threshold
-        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0.0 <= limit <= 1.0:
+        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0.0 <= float(limit) <= 1.0:
             raise QAError(
                 f"{name} got threshold={threshold!r}; expected a probability in [0, 1], or a Certificate; give e.g. 0.3"
             )
