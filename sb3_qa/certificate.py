@@ -333,7 +333,10 @@ def certify(
         deterministic=deterministic,
         seed=check_whole("certify", "seed", seed, 0),
         episodes=episodes,
-        enough=(needed(miss_rate, each, SPARE_MISSES), needed(false_alarm_rate or 1.0, each, SPARE_MISSES)),
+        enough=(
+            needed(miss_rate, each, SPARE_MISSES),
+            needed(false_alarm_rate, each, SPARE_MISSES) if false_alarm_rate else 0,
+        ),
         most=check_whole("certify", "most_episodes", most_episodes),
         claim=dict(miss_rate=miss_rate, confidence=confidence, false_alarm_rate=false_alarm_rate),
         path=path,

@@ -223,8 +223,8 @@ def play_shadow(
     :param enough: without ``episodes``, how many with and without a catastrophe to go on for
     :param claim: what will be claimed, which must stay as it is in a file that is gone on with
     """
-    answerer = as_answerer(qa)
-    if not isinstance(answerer, QuestionAnswerer):
+    answerer = as_answerer(qa) if isinstance(qa, (QuestionAnswerer, str, PathLike)) else None
+    if answerer is None:
         raise QAError(
             f"certify got qa={qa!r}; expected a QuestionAnswerer or the path of one; give e.g. from_model(model)"
         )
