@@ -2,7 +2,7 @@
 
 >>> monitor = RateMonitor(rate=0.05, alpha=0.05)
 >>> [monitor.update(event) for event in (True, False, True, True, True)]
-[False, False, False, False, True]
+[False, False, True, True, True]
 """
 
 from __future__ import annotations
