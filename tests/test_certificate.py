@@ -648,6 +648,16 @@ class TestGuard:
         assert self.watched(mine, qa, [0, 0], [0, 0], shadow=False) == (1, 0)
         assert self.watched(mine, qa, [0, 0, 1], [0, 1, 1], shadow=False) == (1, 1)
 
+    def test_the_first_catastrophe_counts_though_it_waits(self, certificate, qa):
+        """That of the second environment is not told before the first one's episode is over; meanwhile a flagged one comes."""
+        guard = Guard(certificate, shadow=False)
+        guard.bind(qa)
+        guard.begin(np.array([0, 1]), [{}, {}])
+        for n in range(3):
+            infos, done = [{"hit": False}, {"hit": n < 2}], np.array([n == 2, n == 2])
+            guard.watch(np.array([False, n == 1]), Arrival(None, np.zeros(2), done, done, infos))
+            assert (guard.monitor.count, guard.monitor.events) == ((2, 1) if n == 2 else (0, 0))
+
 
 def test_examples():
     for module in (bounds, monitor):
@@ -700,7 +710,8 @@ class TestMonitor:
         assert monitor.rate == 0.1
         assert [monitor.update(flagged) for flagged in (True, None, False, False, False)] == [False] * 4 + [True]
         assert (monitor.count, monitor.events) == (4, 3)
-        assert monitor.update(True)  # it stays raised
+        while monitor.evidence > 1:
+            assert monitor.update(True)  # it stays raised
         other = MissMonitor(certificate)
         other.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
         assert other.alarm and other.evidence == monitor.evidence
