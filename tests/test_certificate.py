@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_qa import Certificate, QAError, Question, QuestionAnswerer, bounds, certify, monitor
 from sb3_qa.bounds import THRESHOLDS, allowed, binomial_cdf, fixed_sequence, needed, upper_bound
 from sb3_qa.callbacks import CertifyCallback, QACallback
-from sb3_qa.certificate import NotCertified
+from sb3_qa.certificate import NotCertified, confidence_of_each
 from sb3_qa.evaluation import Trace, seeded_vec_env
 from sb3_qa.monitor import MissMonitor, RateMonitor
 from sb3_qa.policies import qa_policy
@@ -307,6 +307,9 @@ class TestCertify:
         both = certify(qa, walks(), "hit[k=3]", model, 0.1, false_alarm_rate=rate, episodes=400)
         assert both.threshold <= certify(qa, walks(), "hit[k=3]", model, 0.1, episodes=400).threshold
         assert "have a flag" in both.claim
+        assert both.misses <= allowed(both.catastrophes, 0.1, 0.975)
+        assert both.false_alarms <= allowed(both.episodes - both.catastrophes, rate, 0.975)
+        assert confidence_of_each(0.95, rate) == pytest.approx(0.975) and confidence_of_each(0.95, None) == 0.95
         with pytest.raises(NotCertified, match="keeps both claims"):
             certify(qa, walks(), "hit[k=3]", model, 0.1, false_alarm_rate=0.0001, episodes=400)
 
