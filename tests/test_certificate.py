@@ -304,14 +304,14 @@ class TestCertify:
 
     def test_false_alarms_too(self, model, qa, certificate):
         rate = min(certificate.false_alarm_bound + 0.1, 0.999)
-        both = certify(qa, walks(), "hit[k=3]", model, 0.1, false_alarm_rate=rate, episodes=400)
-        assert both.threshold <= certify(qa, walks(), "hit[k=3]", model, 0.1, episodes=400).threshold
+        both = certify(qa, walks(16), "hit[k=3]", model, 0.1, false_alarm_rate=rate, episodes=400)
+        assert both.threshold <= certify(qa, walks(16), "hit[k=3]", model, 0.1, episodes=400).threshold
         assert "have a flag" in both.claim
         assert both.misses <= allowed(both.catastrophes, 0.1, 0.975)
         assert both.false_alarms <= allowed(both.episodes - both.catastrophes, rate, 0.975)
         assert confidence_of_each(0.95, rate) == pytest.approx(0.975) and confidence_of_each(0.95, None) == 0.95
         with pytest.raises(NotCertified, match="keeps both claims"):
-            certify(qa, walks(), "hit[k=3]", model, 0.1, false_alarm_rate=0.0001, episodes=400)
+            certify(qa, walks(16), "hit[k=3]", model, 0.1, false_alarm_rate=0.0001, episodes=400)
 
     @pytest.mark.parametrize(
         "arguments, words",
