@@ -1,5 +1,6 @@
 """Callbacks for SB3's ``learn``."""
 
+from sb3_qa.callbacks.certify import CertifyCallback
 from sb3_qa.callbacks.joint import QACallback
 
-__all__ = ["QACallback"]
+__all__ = ["CertifyCallback", "QACallback"]

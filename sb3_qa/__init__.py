@@ -8,6 +8,7 @@ Question('Will I crash within {k} steps if I choose {action}?', name='crash')
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
+from sb3_qa.certificate import Certificate, certify
 from sb3_qa.errors import QAError
 from sb3_qa.policies import qa_policy as _  # noqa: F401 - algorithms then take "QAMlpPolicy" by name
 from sb3_qa.questions import Choice, Number, Question, YesNo
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Certificate",
     "Choice",
     "ChoiceAnswer",
     "Number",
@@ -28,4 +30,5 @@ __all__ = [
     "YesNo",
     "YesNoAnswer",
     "__version__",
+    "certify",
 ]

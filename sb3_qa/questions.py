@@ -32,7 +32,7 @@ __all__ = ["Catalogue", "Choice", "Instance", "Number", "Question", "Target", "Y
 NAME_LENGTH = 24  # "qa/<name>/accuracy" must fit in the 36 characters that SB3's loggers keep of a key
 NUMBER_ATOMS = 32
 # Names that are taken: what wrappers tell in info as "qa/<key>" themselves, and the arguments of Question.
-TOLD = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "raw_reward", "shaping_reward")
+TOLD = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "raw_reward", "shaping_reward", "alarm")
 ARGUMENTS = ("self", "text", "truth", "answer", "name")
 
 

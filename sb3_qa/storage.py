@@ -33,7 +33,7 @@ from sb3_qa.truth import Truth
 if TYPE_CHECKING:
     from sb3_qa.answerer import QuestionAnswerer
 
-__all__ = ["load_answerer", "save_answerer"]
+__all__ = ["load_answerer", "questions_digest", "save_answerer", "weights_digest"]
 
 FORMAT = "sb3_qa answerer"
 VERSION = 1
@@ -169,6 +169,16 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def weights_digest(policy: torch.nn.Module) -> str:
+    """SHA-256 over a policy's weights, its head's among them: the same live, frozen, saved, and on every device."""
+    return _digest({}, {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()})
+
+
+def questions_digest(answerer: QuestionAnswerer) -> str:
+    """SHA-256 over the questions as they stand in the file, in their order."""
+    return _digest({"questions": [_question_to_json(question) for question in answerer.catalogue.questions]}, {})
 
 
 def _base_of(policy_class: type) -> type:

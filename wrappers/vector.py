@@ -21,6 +21,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
 from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
 from sb3_qa.wrappers.answer import AnswerRule, Asked
 from sb3_qa.wrappers.shape import Rewards, ShapeRule
@@ -200,7 +201,7 @@ class VetoAction(VectorQAWrapper):
         self,
         env: VectorEnv[Any, Any, Any],
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto = "safest",
         shadow: bool = False,
         penalty: float = 0.0,

@@ -10,7 +10,9 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_qa.certificate import Certificate
 from sb3_qa.recorder import FlightRecorder
+from sb3_qa.wrappers.guard import recorded_threshold
 from sb3_qa.wrappers.shell import QA, QAWrapper, VecQAWrapper, as_data, recorded
 from sb3_qa.wrappers.substitutes import OnVeto, is_catastrophe, safest
 from sb3_qa.wrappers.veto_rule import Record, VetoRule
@@ -25,7 +27,7 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
         self,
         env: gym.Env[Any, Any],
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto = "safest",
         shadow: bool = False,
         penalty: float = 0.0,
@@ -47,7 +49,7 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             self,
             _disable_deepcopy=True,
             question=question,
-            threshold=as_data(threshold),
+            threshold=as_data(recorded_threshold(threshold)),
             on_veto=as_data(on_veto),
             shadow=shadow,
             penalty=as_data(penalty),
@@ -76,7 +78,10 @@ class VecVetoAction(VecQAWrapper):
     executed action. A risk that is not finite counts as a catastrophe.
 
     :param question: key of a yes/no instance about ``{action}``, yes being the catastrophe
-    :param threshold: an action is judged catastrophic when its risk is at least this
+    :param threshold: an action is judged catastrophic when its risk is at least this: a number, or a
+        :class:`~sb3_qa.certificate.Certificate`. The latter refuses an answerer that is not the one certified, now and
+        as soon as its weights change; and if the fact is an ``info`` key, ``qa/alarm`` tells whether catastrophes
+        without a flag have come more often than certified (:class:`~sb3_qa.monitor.MissMonitor`; ``rule.guard.monitor``)
     :param on_veto: what is executed instead: the "safest" action; by "policy", the most preferred one under the
         threshold, or else the safest; a callable ``(obs, proposed_action) -> action``; or a model (anything with SB3's
         ``predict``), whose action is executed, as in Recovery RL (arXiv 2010.15920), even where it is judged catastrophic
@@ -102,7 +107,7 @@ class VecVetoAction(VecQAWrapper):
         self,
         venv: VecEnv,
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto = "safest",
         shadow: bool = False,
         penalty: float = 0.0,

@@ -13,12 +13,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
 from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import YesNo
 from sb3_qa.recorder import FlightRecorder
 from sb3_qa.wrappers.answer import AnswerRule
 from sb3_qa.wrappers.evidence import Evidence
+from sb3_qa.wrappers.guard import guard_of
 from sb3_qa.wrappers.judged import Judged, verdict
 from sb3_qa.wrappers.restraint import Restraint
 from sb3_qa.wrappers.shell import QA, Arrival, Info, no_action, plain
@@ -72,7 +74,7 @@ class VetoRule(AnswerRule):
         self,
         name: str,
         question: str,
-        threshold: float,
+        threshold: float | Certificate,
         on_veto: OnVeto,
         shadow: bool,
         penalty: float,
@@ -87,8 +89,12 @@ class VetoRule(AnswerRule):
         record: Record = None,
     ) -> None:
         super().__init__(name, [question], qa, unbound)
-        if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
-            raise QAError(f"{name} got threshold={threshold!r}; expected a probability in [0, 1]; give e.g. 0.3")
+        self.guard = guard_of(name, question, threshold, shadow)
+        limit: Any = threshold if self.guard is None else self.guard.certificate.threshold
+        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0.0 <= float(limit) <= 1.0:
+            raise QAError(
+                f"{name} got threshold={threshold!r}; expected a probability in [0, 1], or a Certificate; give e.g. 0.3"
+            )
         if isinstance(on_veto, str) and is_function_name(on_veto):
             on_veto = function_named(on_veto, f"{name}, on_veto,")
         if isinstance(on_veto, type) or not (
@@ -105,7 +111,7 @@ class VetoRule(AnswerRule):
         if isinstance(refine, bool) or not isinstance(refine, Integral) or refine < 0:
             raise QAError(f"{name} got refine={refine!r}; expected a number of gradient steps, at least 0; give e.g. 5")
         self.question = question
-        self.threshold = float(threshold)
+        self.threshold = float(limit)
         self.on_veto = on_veto
         self.shadow = shadow
         self.penalty = float(penalty)
@@ -177,6 +183,8 @@ class VetoRule(AnswerRule):
                 f"{self.name} got {self.question!r}, which is not about an action, so no action can be told safer; expected {{action}} in "
                 "its text; or give on_veto a callable (obs, proposed_action) -> action or a model"
             )
+        if self.guard is not None:
+            self.guard.bind(qa)
         super().on_bind(qa)
         # A copy, as it will be sampled from, and the agent's own random stream is left alone.
         self.space = copy.deepcopy(qa.policy.action_space)
@@ -212,9 +220,13 @@ class VetoRule(AnswerRule):
             info.update(verdict(risk, False, False, nobody, nobody, False), **rewards, **self.restraint.told(i, None))
             if self._by_other:
                 info["qa/substitute_catastrophe"] = False
+        if self.guard is not None:
+            self.guard.begin(index, told)
         return told
 
     def act(self, actions: NDArray[Any]) -> NDArray[Any]:
+        if self.guard is not None:
+            self.guard.check(self.qa)
         options, risks = None, None
         if self._listed is not None and self._about_action:
             options = None if isinstance(self.space, spaces.Discrete) else self._spread(self._listed)
@@ -321,6 +333,8 @@ class VetoRule(AnswerRule):
                 info["qa/substitute_catastrophe"] = bool(
                     judged.substitute_flagged is not None and judged.substitute_flagged[i]
                 )
+        if self.guard is not None:
+            self.guard.watch(flagged, arrival)
         if self.penalty:
             raw = arrival.rewards
             arrival.rewards = (raw - self.penalty * vetoed).astype(raw.dtype)
