@@ -17,7 +17,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 2 for bad usage, 1 for input that is refused."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     usage = "usage: python -m sb3_qa COMMAND ...\n\n" + "".join(
         f"  {each:<10} {what}\n" for each, what in COMMANDS.items()
     )
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{usage}\npython -m sb3_qa COMMAND --help says more\n")
         return 0
     if name not in COMMANDS:
-        sys.stderr.write(f"there is no command {name!r}\n\n{usage}" if name else usage)
+        sys.stderr.write(f"there is no command {name!r}\n\n{usage}")
         return 2
     try:
         importlib.import_module(f"sb3_qa.cli.{name}").main(rest)

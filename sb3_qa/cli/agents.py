@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
+from sb3_qa.memory import Memory
 from sb3_qa.policies import QAPolicyMixin, algorithms, stock_policies
 
 __all__ = ["Agent", "load_agent", "make_env"]
@@ -39,11 +40,11 @@ class Agent:
         self.qa = qa
         self.model = model
 
-    def act(self, obs: Any, *, deterministic: bool) -> NDArray[Any]:
-        """Actions (n_envs, ...) for a batch of observations."""
-        if self.model is not None:
+    def act(self, obs: Any, memory: Memory | None, *, deterministic: bool) -> NDArray[Any]:
+        """Actions (n_envs, ...) for a batch of observations; those liked best of an answerer, and of an agent with an LSTM."""
+        if self.model is not None and memory is None:
             return np.asarray(self.model.predict(obs, deterministic=deterministic)[0])
-        return self.qa.read(obs, keep=False).preferred()
+        return self.qa.read(obs, memory).preferred()
 
 
 def load_agent(path: Path, algorithm: str | None = None) -> Agent:

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
 from sb3_qa.cli.agents import Agent
 from sb3_qa.errors import QAError
+from sb3_qa.memory import Memory
 from sb3_qa.questions import Instance
 
 __all__ = ["Conversation"]
@@ -65,6 +66,7 @@ class Conversation:
         self.n_steps = 0
         self.total = 0.0
         self.obs: Any = None
+        self.memory: Memory | None = None  # of an agent with an LSTM
 
     @property
     def prompt(self) -> str:
@@ -85,6 +87,7 @@ class Conversation:
         if seed is not None:
             self.env.seed(seed)
         self.obs = self.env.reset()
+        self.memory = self.qa.blank(self.obs)
         self.n_steps, self.total = 0, 0.0
         self.console.print("A new episode. Ask, or type `help`.", style="bold")
         self._show()
@@ -124,8 +127,12 @@ class Conversation:
     # --- the environment -----------------------------------------------------------------------------------------------
     def _step(self, n: int, action: NDArray[Any] | None = None) -> None:
         for _ in range(n):
-            taken = self.agent.act(self.obs, deterministic=self.deterministic) if action is None else action
+            taken = (
+                self.agent.act(self.obs, self.memory, deterministic=self.deterministic) if action is None else action
+            )
+            after = self.qa.read(self.obs, self.memory) if self.memory is not None else None
             self.obs, rewards, dones, infos = self.env.step(taken)
+            self.memory = None if after is None else after.remembered(dones)
             self.n_steps, self.total = self.n_steps + 1, self.total + float(rewards[0])
             who = "the agent chose" if action is None else "you chose"
             self.console.print(
@@ -163,7 +170,7 @@ class Conversation:
                 self.console.print(Text(_with_actions(instance), style="italic"))
                 self._answer(instance.key)
             return
-        answer = self.qa.ask(question, self.obs)
+        answer = self._ask(question)
         understood = getattr(answer, "understood_as", None)
         if understood and understood not in (question, question.strip("?")):
             self.console.print(f"understood as: {understood}", style="italic", markup=False)
@@ -172,11 +179,18 @@ class Conversation:
             table.add_row(Text(label), text)
         self.console.print(table)
 
+    def _ask(self, question: str, action: Any = None) -> Answer:
+        if self.memory is None:
+            return self.qa.ask(question, self.obs, action)
+        hidden, cell, *of_critic = self.memory.state
+        state = (hidden, cell), tuple(of_critic)
+        return self.qa.ask(question, self.obs, action, state=state, episode_start=self.memory.starts)
+
     def _rows(self, answer: Answer) -> list[tuple[str, Text]]:
         """An answer about one state in lines: what they are about, and what is said."""
         per_action = np.ndim(answer.value) == 2
         labels = list(self.qa.action_names or []) if per_action else [""]
-        chosen = self.agent.act(self.obs, deterministic=True)[0] if per_action else None
+        chosen = self.agent.act(self.obs, self.memory, deterministic=True)[0] if per_action else None
         rows: list[tuple[str, Text]] = []
         for n, label in enumerate(labels):
             part = _part(answer, (0, n) if per_action else (0,))
@@ -198,7 +212,7 @@ class Conversation:
             raise QAError(
                 "the answerer was taught no questions about actions; expected some with {action} in their text; ask about the state instead"
             )
-        own = self.agent.act(self.obs, deterministic=True)[0]
+        own = self.agent.act(self.obs, self.memory, deterministic=True)[0]
         self._table({self._name(action): action, f"{self._name(own)} (the agent's choice)": own}, about)
 
     def _table(self, actions: dict[str, Any], questions: list[str]) -> None:
@@ -207,7 +221,7 @@ class Conversation:
         for name in actions:
             table.add_column(f"if I choose {name}")
         for question in questions:
-            answers = [self.qa.ask(question, self.obs, action=np.asarray(action)[None]) for action in actions.values()]
+            answers = [self._ask(question, np.asarray(action)[None]) for action in actions.values()]
             table.add_row(Text(question), *[Text("\n").join(in_words(_part(answer, (0,)))) for answer in answers])
         self.console.print(table)
 
