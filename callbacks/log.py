@@ -81,7 +81,9 @@ def score_questions(
     reading = answerer.read(obs, keep=False)
     catalogue = answerer.catalogue
     panel = None
-    scored = {question.name: [i for i in question.instances if i.taught] for question in catalogue.questions}
+    scored: dict[str, list[Instance]] = {}
+    for each in catalogue.instances.values():
+        scored.setdefault(each.question.name, []).append(each)
     if store.panel is not None:  # of many questions, some of those that this rollout was labelled with
         scored = _some(scored, catalogue, {*store.times, *store.values})
         panel = Panel(

@@ -33,6 +33,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from paraphrases import PARAPHRASES, UNTAUGHT
 from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -250,6 +251,7 @@ def train(arm: str, seed: int, timesteps: int) -> tuple[Any, QuestionAnswerer]:
         qa_encoder="text" if arm == "blank" else arm,
         qa_net_arch=[128],
         qa_coef=4.0,
+        qa_sample=512,  # all of them
         features_extractor_class=Cells,
         net_arch=[128],
     )
@@ -341,6 +343,39 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {**means, "instances": len(rows)}
 
 
+def score_paraphrases(qa: QuestionAnswerer, met: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Accuracy of answers to other wordings and to the exact texts of the same instances, and how they were understood."""
+    obs = met["obs"].reshape(-1, *met["obs"].shape[2:])
+    exact, other, understood, familiarity = [], [], 0, []
+    for key, text in PARAPHRASES:
+        truth = truth_of(qa.catalogue.find(key), met)
+        exact.append(right(qa.ask(key, obs).probability, truth))
+        try:
+            answer = qa.ask(text, obs)
+        except QAError:  # refused: as good as a wrong answer half of the time
+            other.append({"accuracy": 0.5, "balanced": 0.5, "constant": exact[-1]["constant"]})
+            continue
+        understood += answer.understood_as == key
+        familiarity.append(answer.familiarity)
+        other.append(right(answer.probability, truth))
+    refused = 0
+    for text in UNTAUGHT:
+        try:
+            qa.ask(text, obs[:1])
+        except QAError:
+            refused += 1
+    return {
+        "exact": _mean(exact),
+        "paraphrase": _mean(other),
+        "understood": understood,
+        "answered": len(familiarity),
+        "of": len(PARAPHRASES),
+        "least_familiar": min(familiarity, default=None),
+        "untaught_refused": refused,
+        "untaught": len(UNTAUGHT),
+    }
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -358,7 +393,8 @@ def main(args: Args) -> None:
             model, qa = train(arm, seed, args.timesteps)
             met = meet(model, seed, args.eval_steps, arm == "blank")
             row = {"arm": arm, "seed": seed, "timesteps": args.timesteps, "scores": score(qa, met)}
-            qa.save(args.out / f"{arm}_{seed}.qa")
+            if arm == "sentence":
+                row["paraphrases"] = score_paraphrases(qa, met)
             row["return"] = float(np.mean([ep["r"] for ep in model.ep_info_buffer])) if model.ep_info_buffer else None
             row["cpu_seconds"] = round(time.process_time() - started, 1)
             with path.open("a") as file:

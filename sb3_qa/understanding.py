@@ -171,6 +171,8 @@ class Understanding:
                 if slot == question.truth.horizon and (number < 1 or number != int(number)):
                     return None
                 values[slot] = int(number) if number == int(number) else number
+            elif isinstance(getattr(self.head, "words", None), EmbeddingEncoder):
+                return None  # by its meaning, then
             else:
                 values[slot] = said
         return values
@@ -309,12 +311,13 @@ def _fits(instance: Instance, groups: Mapping[str, str]) -> bool:
 
 
 def _mentioned(instance: Instance, said: Sequence[str]) -> float:
-    """How many of an instance's slot values a text names, by the share of their words."""
+    """How many of an instance's slot values a text names; half of the share of its words where they stand apart."""
     total = 0.0
     line = f" {' '.join(said)} "
     for value in instance.slots.values():
         words = tokenize(str(value))
-        total += sum(f" {word} " in line for word in words) / max(len(words), 1)
+        whole = f" {' '.join(words)} " in line
+        total += 1.0 if whole else 0.5 * sum(f" {word} " in line for word in words) / max(len(words), 1)
     return total
 
 

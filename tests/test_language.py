@@ -506,7 +506,7 @@ class TestUnderstanding:
             ("Will it be bad within 30 steps if I choose left?", "familiarity 0.33"),
             ("Will it be bad within 0 steps if I choose left?", "bad"),
             ("Is the battery low?", "battery"),
-            ("", "Do I see"),
+            ("", "see[color="),
         ],
     )
     def test_what_was_never_taught_is_refused(self, qa: QuestionAnswerer, text: str, near: str) -> None:
