@@ -3,7 +3,7 @@
     pip install 'sb3-qa[demo,minigrid]'          # and sentence, for the paraphrases
     python examples/language.py
 
-A PPO agent learns to find the goal in a room with six random objects and a door; its answerer learns about 400 questions made
+A PPO agent learns to find the goal in a room with six random objects and a door; its answerer learns about 600 questions made
 of templates: colour x object x distance x direction x horizon, both orders of comparisons, the state of the door. Some
 combinations of slot values are kept out of training. They are asked afterwards, of states that the agent then meets.
 
@@ -38,7 +38,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_qa import Question, QuestionAnswerer
+from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.labels import event_times, find_cuts, window_after
 from sb3_qa.policies import qa_policy
@@ -53,7 +53,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error.name} is not installed; install it with: pip install 'sb3-qa[demo,minigrid]'") from error
 
-COLORS = ["red", "green", "blue", "yellow"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "grey"]
 KINDS = ["ball", "key", "box"]
 THINGS = [f"{color} {kind}" for color in COLORS for kind in KINDS]
 SIDES = ["to my left", "to my right", "straight ahead"]
@@ -142,8 +142,8 @@ AXES = dict(color=COLORS, kind=KINDS)
 def questions() -> list[Question]:
     """The templates."""
     picked = np.random.default_rng(0).permutation(len(THINGS) ** 2)
-    pairs = [(THINGS[n // 12], THINGS[n % 12]) for n in picked if n // 12 != n % 12]
-    held = [dict(first=a, second=b) for a, b in pairs[:26]]
+    pairs = [(THINGS[n // len(THINGS)], THINGS[n % len(THINGS)]) for n in picked if n // len(THINGS) != n % len(THINGS)]
+    held = [dict(first=a, second=b) for a, b in pairs[:60]]
     same = [dict(first=thing, second=thing) for thing in THINGS]  # no question, and not asked
     return [
         Question("Is there a {color} {kind} in view?", now(table("seen", **AXES)), name="seen", holdout=NEVER, **AXES),
@@ -229,9 +229,11 @@ class Cells(BaseFeaturesExtractor):
 class Args:
     seeds: int = 5
     """Runs of each arm."""
+    first_seed: int = 101
+    """Of the first run; the settings were chosen on one short run of seed 0."""
     arms: tuple[str, ...] = ("text", "sentence", "blank")
     """"text" and "sentence" are encoders, "blank" is "text" with nothing to see."""
-    timesteps: int = 120_000
+    timesteps: int = 60_000
     """Environment steps of a run; a third of them with blank observations."""
     eval_steps: int = 400
     """Steps of each of 8 environments that answers are scored on."""
@@ -262,7 +264,7 @@ def train(arm: str, seed: int, timesteps: int) -> tuple[Any, QuestionAnswerer]:
         n_steps=128,
         batch_size=256,
         n_epochs=4,
-        learning_rate=1e-3,
+        learning_rate=2.5e-3,
         policy_kwargs=kwargs,
     )
     model.learn(timesteps // 3 if arm == "blank" else timesteps, callback=QACallback())
@@ -385,7 +387,7 @@ def main(args: Args) -> None:
         if path.exists()
         else set()
     )
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for arm in args.arms:
             if (arm, seed, args.timesteps) in done:
                 continue

@@ -1,6 +1,62 @@
-"""Other words for instances of examples/language.py: a test set, never trained on. (key, text)"""
+"""Other words for instances of examples/language.py, never trained on: pairs of a key and a text.
+
+The way texts are matched was settled on DEVELOPMENT; PARAPHRASES were written afterwards and first tried in the study itself.
+"""
 
 PARAPHRASES = [
+    ("seen[color=purple][kind=ball]", "Do you see a purple ball anywhere?"),
+    ("seen[color=grey][kind=key]", "Is some grey key in my sight?"),
+    ("seen[color=blue][kind=key]", "Does my view contain a blue key?"),
+    ("seen[color=green][kind=box]", "Could I point at a green box from here, i.e. is one in view?"),
+    ("seen[color=yellow][kind=ball]", "Is a yellow ball among the things in view?"),
+    ("seen[color=red][kind=ball]", "Is at least one red ball in my view at the moment?"),
+    ("seen[color=grey][kind=box]", "Is there a grey box that I can see?"),
+    ("near[color=purple][kind=key][d=4]", "Is a purple key 4 cells from me at the farthest?"),
+    ("near[color=grey][kind=ball][d=2]", "Is there a grey ball not more than two cells off?"),
+    ("near[color=red][kind=ball][d=6]", "Is a red ball lying within six cells?"),
+    ("near[color=blue][kind=box][d=1]", "Is there a blue box in one of the cells next to me, within 1 cell?"),
+    ("near[color=green][kind=key][d=4]", "Would 4 cells be enough to reach a green key?"),
+    ("near[color=yellow][kind=key][d=2]", "Is the distance from me to a yellow key two cells at most?"),
+    ("near[color=purple][kind=box][d=6]", "Is there a purple box in a radius of 6 cells around me?"),
+    ("side[color=purple][kind=ball][side=to my left]", "Is there a purple ball on my left side?"),
+    ("side[color=grey][kind=box][side=to my right]", "Is a grey box somewhere to the right of me?"),
+    ("side[color=red][kind=box][side=straight ahead]", "Looking straight ahead, is there a red box?"),
+    ("side[color=blue][kind=key][side=to my left]", "Do I see a blue key when I look to the left?"),
+    ("side[color=yellow][kind=key][side=to my right]", "On the right, is there a yellow key?"),
+    ("side[color=green][kind=ball][side=straight ahead]", "Does a green ball lie straight before me?"),
+    ("nearer[first=purple ball][second=grey box]", "Is the purple ball the nearer one, compared with the grey box?"),
+    ("nearer[first=red box][second=blue ball]", "Is it less far to the red box than to the blue ball?"),
+    ("nearer[first=blue key][second=grey key]", "Does the blue key lie closer than the grey key?"),
+    (
+        "nearer[first=yellow ball][second=purple key]",
+        "Of the two, is the yellow ball closer to me than the purple key?",
+    ),
+    ("nearer[first=green key][second=blue box]", "Is a green key closer by than a blue box?"),
+    ("nearer[first=grey ball][second=red ball]", "Is the red ball farther from me than the grey ball?"),
+    (
+        "nearer[first=green box][second=yellow key]",
+        "Would I get to the green box sooner than to the yellow key, as it is nearer?",
+    ),
+    ("will_see[color=purple][kind=ball][k=5]", "Will a purple ball show up in the following 5 steps?"),
+    ("will_see[color=grey][kind=key][k=10]", "Can I expect to see a grey key within the next ten steps?"),
+    ("will_see[color=blue][kind=key][k=5]", "Before five steps are over, will I have seen a blue key?"),
+    ("will_see[color=red][kind=box][k=10]", "Will I come to see a red box in 10 steps or less?"),
+    ("will_see[color=green][kind=ball][k=2]", "Will a green ball appear within two steps?"),
+    ("will_see[color=yellow][kind=ball][k=2]", "Am I going to see a yellow ball within the next 2 steps?"),
+    ("will_see[color=purple][kind=box][k=10]", "Is there going to be a purple box to see within ten steps?"),
+    ("later[color=purple][kind=key][k=5]", "Will a purple key be visible in exactly five steps?"),
+    ("later[color=grey][kind=ball][k=2]", "After exactly 2 steps, will a grey ball be in view?"),
+    ("later[color=red][kind=ball][k=10]", "Is a red ball going to be in my view in exactly ten steps?"),
+    ("later[color=green][kind=box][k=1]", "Will a green box be in sight exactly one step later?"),
+    ("later[color=blue][kind=box][k=5]", "When exactly 5 steps have passed, will I see a blue box?"),
+    ("later[color=yellow][kind=key][k=2]", "Precisely two steps on, is a yellow key in view?"),
+    ("door[state=locked]", "Is there a door that I see locked?"),
+    ("door[state=open]", "Is a door standing open in my view?"),
+    ("door[state=closed]", "Do I see a closed door?"),
+    ("door[state=locked]", "Is some door in sight locked?"),
+]
+
+DEVELOPMENT = [
     ("seen[color=red][kind=ball]", "Can I see a red ball?"),
     ("seen[color=green][kind=key]", "Is a green key visible?"),
     ("seen[color=blue][kind=box]", "Do I have a blue box in my field of view?"),

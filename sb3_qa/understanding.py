@@ -22,6 +22,7 @@ _NUMBERS = (
     "eighteen nineteen twenty"
 )
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(_NUMBERS.split(" "))}
+MEANT = 0.05  # by how much more similar a text must be with a value that it does not name than with any other
 MENTIONED = 0.15  # what a slot's value being named in a text counts for, in cosine similarity
 
 
@@ -231,7 +232,8 @@ class Understanding:
         """The taught instance whose text means most the same: cosine similarity of their embeddings.
 
         A pretrained model hardly tells a number or a colour from another, so values of slots that the text names count
-        beside it; among equals in that, similarity decides. The similarity is the familiarity.
+        beside it; among equals in that, similarity decides. The similarity is the familiarity. A text that leaves a
+        slot open is refused: any value would do as well.
         """
         assert isinstance(self.head, LanguageHead) and isinstance(self.head.words, EmbeddingEncoder)
         words = self.head.words
@@ -243,12 +245,27 @@ class Understanding:
         similarity = table @ _unit(words._embedded([text]).numpy())[0]
         said = [NUMBER_WORDS.get(word, word) for word in tokenize(text)]
         said += [word.removesuffix("s") for word in said]  # a plural names it too
-        score = similarity + MENTIONED * np.array([_mentioned(instance, said) for instance in instances])
+        named: dict[tuple[str, str, Any], float] = {}
+        for instance in instances:
+            for slot, value in instance.slots.items():
+                key = instance.question.name, slot, value
+                if key not in named:
+                    named[key] = _named(instance, slot, said)
+        counts = [sum(named[i.question.name, slot, value] for slot, value in i.slots.items()) for i in instances]
+        score = similarity + MENTIONED * np.array(counts)
         order = np.argsort(-score)
         best = instances[order[0]]
         familiarity = float(np.clip(similarity[order[0]], 0.0, 1.0))
         if familiarity < FAMILIAR:
             raise self._unknown(text, familiarity, [instances[n].text for n in order[:4]])
+        for slot, value in best.slots.items():  # a value that is neither named nor meant was only picked
+            others = [
+                similarity[n] for n, i in enumerate(instances) if i.question is best.question and i.slots[slot] != value
+            ]
+            if others and not named[best.question.name, slot, value] and similarity[order[0]] - max(others) < MEANT:
+                close = [instances[n].text for n in order[:4]]
+                why = f"it leaves open which of {list(best.question.slots[slot])} is meant; name one"
+                raise NotTaught(self._message(text, close, why), close)
         action = action if best.per_action else None
         if not best.taught:
             familiarity = min(familiarity, self._familiarity(best))
@@ -310,15 +327,17 @@ def _fits(instance: Instance, groups: Mapping[str, str]) -> bool:
     return all(str(instance.slots[slot]).lower() == said for slot, said in groups.items() if slot != Question.ACTION)
 
 
-def _mentioned(instance: Instance, said: Sequence[str]) -> float:
-    """How many of an instance's slot values a text names; half of the share of its words where they stand apart."""
-    total = 0.0
-    line = f" {' '.join(said)} "
-    for value in instance.slots.values():
-        words = tokenize(str(value))
-        whole = f" {' '.join(words)} " in line
-        total += 1.0 if whole else 0.5 * sum(f" {word} " in line for word in words) / max(len(words), 1)
-    return total
+def _named(instance: Instance, slot: str, said: Sequence[str]) -> float:
+    """How far a text names the value of a slot, 0 to 1: by the words that no other of its values has, or by all in a row."""
+    value, others = instance.slots[slot], instance.question.slots[slot]
+    words = tokenize(str(value))
+    shared = {word for other in others if other != value for word in tokenize(str(other))}
+    own = [word for word in words if word not in shared]
+    if own:
+        return sum(word in said for word in own) / len(own)
+    if f" {' '.join(words)} " in f" {' '.join(said)} ":
+        return 1.0
+    return 0.5 * sum(word in said for word in words) / max(len(words), 1)
 
 
 def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
