@@ -14,7 +14,7 @@ answered at most 5 points worse than the exact texts of the same instances. Accu
 mean of the accuracy on states where the truth is yes and where it is no (balanced) stands beside it, with two controls: the best
 constant answer to each instance, and the same encoder trained on blank observations.
 
-One line a run is appended to outputs/language/runs.jsonl; runs that are there are not repeated.
+One line a run is appended to outputs/language/runs.jsonl; runs that are there are not repeated. The tables are results.md.
 """
 
 from __future__ import annotations
@@ -378,6 +378,60 @@ def score_paraphrases(qa: QuestionAnswerer, met: dict[str, np.ndarray]) -> dict[
     }
 
 
+def gap(scores: dict[str, dict[str, float]], group: str, figure: str) -> float:
+    """Of a figure: that of taught instances less that of a group of held-out ones, template by template, in points."""
+    parts = {name.split(": ")[1]: each for name, each in scores.items() if name.startswith(f"{group}: ")}
+    weight = np.array([each["instances"] for each in parts.values()])
+    worse = np.array([scores[f"taught: {template}"][figure] - each[figure] for template, each in parts.items()])
+    known = ~np.isnan(worse)
+    return float(100 * (worse * weight)[known].sum() / weight[known].sum())
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % t interval over runs."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return f"{mean:.1f} (1 run)"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.0)
+    half = t * float(np.std(values, ddof=1)) / n**0.5
+    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables, in percent and points."""
+    lines = [
+        "| arm | instances | accuracy | balanced | best constant | taught less these, accuracy | balanced |",
+        "|" + "---|" * 7,
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row["scores"] for row in rows if row["arm"] == arm]
+        for group in ("taught", "held out", "object", "comparison", "distance", "horizon"):
+            figures = [
+                interval([100 * scores[group][figure] for scores in mine])
+                for figure in ("accuracy", "balanced", "constant")
+            ]
+            gaps = ["", ""]
+            if group != "taught":
+                gaps = [
+                    interval([gap(scores, group, figure) for scores in mine]) for figure in ("accuracy", "balanced")
+                ]
+            lines.append(f"| {arm} | {group}: {mine[0][group]['instances']} | {' | '.join([*figures, *gaps])} |")
+    told = [row["paraphrases"] for row in rows if "paraphrases" in row]
+    if told:
+        lines += ["", "| paraphrases | |", "|---|---|"]
+        for figure in ("accuracy", "balanced"):
+            for name in ("exact", "paraphrase"):
+                lines.append(f"| {figure}, {name} | {interval([100 * each[name][figure] for each in told])} |")
+            worse = [100 * (each["exact"][figure] - each["paraphrase"][figure]) for each in told]
+            lines.append(f"| {figure}, exact less paraphrase | {interval(worse)} |")
+        first = told[0]
+        lines.append(
+            f"| understood as meant | {first['understood']} of {first['of']}, {first['of'] - first['answered']} refused |"
+        )
+        lines.append(f"| never taught, refused | {first['untaught_refused']} of {first['untaught']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -401,6 +455,7 @@ def main(args: Args) -> None:
             row["cpu_seconds"] = round(time.process_time() - started, 1)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            (args.out / "results.md").write_text(report([json.loads(line) for line in path.read_text().splitlines()]))
             print(arm, seed, {k: v for k, v in row["scores"].items() if ":" not in k}, row["cpu_seconds"], flush=True)
 
 
