@@ -159,27 +159,37 @@ class EmbeddingEncoder(Encoder):
 
     def __init__(self, embed: Callable[[list[str]], Any], texts: Sequence[str]) -> None:
         self.embed = embed
+        self._whitening: tuple[torch.Tensor, torch.Tensor] | None = None
         self.known: dict[str, int] = {text: n for n, text in enumerate(dict.fromkeys(texts))}
         self.table = self._embedded(list(self.known))
         """Embeddings of what is taught; they are saved with the head, so that answers do not depend on the model being there."""
         self.shapes = [(self.table.shape[1], ENCODING), (ENCODING,)]
 
     def initial(self, generator: torch.Generator) -> list[torch.Tensor]:
-        return [torch.randn(self.shapes[0], generator=generator) * 1.5, torch.zeros(ENCODING)]
+        return [torch.randn(self.shapes[0], generator=generator) * 2.5, torch.zeros(ENCODING)]
 
     def prepare(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         rows = dict(zip(new, self._embedded(new), strict=True)) if new else {}
-        return (self._centred(torch.stack([rows[t] if t in rows else self.table[self.known[t]] for t in texts])),)
+        return (self._whitened(torch.stack([rows[t] if t in rows else self.table[self.known[t]] for t in texts])),)
 
     def encode(self, weights: Sequence[torch.Tensor], prepared: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return torch.tanh(prepared[0] @ weights[0] + weights[1])
 
-    def _centred(self, rows: torch.Tensor) -> torch.Tensor:
-        """Relative to what is taught, and about as long as 1: sentences of a few templates differ in a small part of them."""
-        middle = self.table.mean(0)
-        spread = (self.table - middle).norm(dim=1).mean()
-        return (rows - middle) / spread if spread > 0 else rows
+    def _whitened(self, rows: torch.Tensor) -> torch.Tensor:
+        """Relative to what is taught, and about as long as 1, with all directions in which taught texts differ of one size.
+
+        A model of sentences sets templates apart widely and the values of their slots hardly. (By the symmetric square root,
+        which is the same wherever it is worked out.)
+        """
+        if self._whitening is None or self._whitening[0] is not self.table:
+            centred = (self.table - self.table.mean(0)).double()
+            sizes, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
+            rank = max(min(len(centred) - 1, len(sizes)), 1)
+            floor = 0.01 * float(sizes.sum()) / rank + 1e-12
+            matrix = axes @ ((sizes.clamp(min=0) + floor) * rank).rsqrt().diag() @ axes.T
+            self._whitening = self.table, matrix.float()
+        return (rows - self.table.mean(0)) @ self._whitening[1]
 
     def _embedded(self, texts: list[str]) -> torch.Tensor:
         rows = self.embed(texts)
