@@ -144,9 +144,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panels[1].plot(
             SIZES, [1e3 * row["step_all_asked"][str(n)] for n in SIZES], "o:", label=f"{row['encoder']}, all asked"
         )
-    panels[0].set(
-        xscale="log", ylim=(0, None), xlabel="instances", ylabel="CPU s a rollout of 1,024 steps, with its updates"
-    )
+    panels[0].set(xscale="log", ylim=(0, None), xlabel="instances", ylabel="CPU s a rollout and its updates")
     panels[1].set(xscale="log", yscale="log", xlabel="instances", ylabel="CPU ms a step of 8 environments")
     for axis in panels:
         axis.legend()
