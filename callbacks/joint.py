@@ -160,13 +160,17 @@ class QACallback(BaseCallback):
             return  # some hundred minibatches are logged together
         self._recorder.log(self.logger)
         if joint.losses:  # of the update before
-            losses = torch.stack(joint.losses).mean(dim=0).tolist()
+            losses = torch.stack(joint.losses)
+            means = (losses.nanmean(dim=0) if losses.isnan().any() else losses.mean(dim=0)).tolist()
             joint.losses.clear()
             for question in catalogue.questions:
                 own = [
-                    loss for target, loss in zip(catalogue.targets, losses, strict=True) if target.question is question
+                    loss for target, loss in zip(catalogue.targets, means, strict=True) if target.question is question
                 ]
-                self.logger.record(f"qa/{question.name}/loss", float(np.mean(own)))
+                if not np.isnan(own).all():  # else none of its instances was drawn
+                    self.logger.record(
+                        f"qa/{question.name}/loss", float(np.nanmean(own) if np.isnan(own).any() else np.mean(own))
+                    )
 
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint

@@ -14,10 +14,12 @@ from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
 from sb3_qa.memory import Memory
-from sb3_qa.questions import Instance
+from sb3_qa.panel import Panel
+from sb3_qa.questions import Catalogue, Instance
 
 __all__ = ["EpisodeLog", "room_until", "score_questions", "truths"]
 
+MOST_INSTANCES = 48  # that answers are scored of, where there are many
 MOST_SCORED = 2048  # transitions of a rollout that answers are scored on
 
 
@@ -81,17 +83,28 @@ def score_questions(
     """
     reading = answerer.read(obs, memory, keep=False)
     catalogue = answerer.catalogue
-    about_action = reading.action_logits(actions) if store.features is not None else None
+    panel = None
+    scored: dict[str, list[Instance]] = {}
+    for each in catalogue.instances.values():
+        scored.setdefault(each.question.name, []).append(each)
+    if store.panel is not None:  # of many questions, some of those that this rollout was labelled with
+        scored = _some(scored, catalogue, {*store.times, *store.values})
+        panel = Panel(
+            list({id(t): t for each in scored.values() for i in each for t in [catalogue.target_of[i.key]]}.values())
+        )
+    about_action = reading.action_logits(actions, panel) if store.features is not None else None
+    about_states = reading.state_logits(panel)
+    offset = catalogue.n_state_logits if panel is None else panel.n_state
     for question in catalogue.questions:
         figures: dict[str, list[float]] = {}
-        for instance in question.instances:
+        for instance in scored.get(question.name, []):
             target = catalogue.target_of[instance.key]
+            target = target if panel is None else panel.place_of(target)
             if instance.per_action:
                 assert about_action is not None
-                offset = catalogue.n_state_logits
                 logits = about_action[:, target.start - offset : target.stop - offset]
             else:
-                logits = reading.state_logits()[:, target.start : target.stop]
+                logits = about_states[:, target.start : target.stop]
             truth = truths(instance, store, answerer, rows, room)
             known = ~np.isnan(truth)
             if known.any():
@@ -101,6 +114,19 @@ def score_questions(
             finite = [value for value in values if np.isfinite(value)]
             if finite:
                 logger.record(f"qa/{question.name}/{name}", float(np.mean(finite)))
+
+
+def _some(
+    instances: Mapping[str, list[Instance]], catalogue: Catalogue, labelled: set[int]
+) -> dict[str, list[Instance]]:
+    """At most ``MOST_INSTANCES`` of those that have labels, shared out among the questions."""
+    kept = {
+        name: [instance for instance in each if catalogue.target_of[instance.key].start in labelled]
+        for name, each in instances.items()
+    }
+    kept = {name: each for name, each in kept.items() if each}
+    share = max(MOST_INSTANCES // max(len(kept), 1), 1)
+    return {name: each[:: -(-len(each) // share)] for name, each in kept.items()}
 
 
 def truths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
-from sb3_qa.facts import FactReader
+from sb3_qa.errors import QAError
+from sb3_qa.facts import FactReader, needs_steps
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
 from sb3_qa.memory import Memory
+from sb3_qa.panel import Panel
 from sb3_qa.questions import Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
+from sb3_qa.sampling import SHARDS, SampledLabels, Shard, drawn
 from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
@@ -40,14 +44,18 @@ class Recorder:
         self.answerer = answerer
         self.catalogue = answerer.catalogue
         self._head: QAHead = answerer.policy.qa_head
-        self.reader = FactReader(self.catalogue)
+        self.targets = self.catalogue.targets
+        """What is being labelled."""
+        self._needs_steps = any(needs_steps(question.truth.fact) for question in self.catalogue.questions)
+        self.reader = FactReader(self.targets)
         self.episodes = EpisodeLog(model.n_envs)
         self._checked = False
         env = model.get_env()
         assert env is not None
         self._normalize_inside = _normalize_inside(env)
-        self._state = self._facts_at_reset(self._reset_infos(), model._last_obs, range(env.num_envs))
-        self._state[~self._begins()] = np.nan  # learn() called again, in the middle of episodes
+        self._known = self._begins()  # not where learn() is called again, in the middle of an episode
+        self._arrived = self._first_steps(self._reset_infos(), model._last_obs, range(env.num_envs))
+        self._read_state()
         self.start()
 
     def _begins(self) -> NDArray[np.bool_]:
@@ -63,6 +71,15 @@ class Recorder:
         self._actions: list[NDArray[Any]] = []
         self._last_obs: dict[tuple[int, int], Any] = {}
 
+    def _read_state(self) -> None:
+        """The facts of the states that the environments are in."""
+        self._state = self._facts(self._arrived)
+        self._state[~self._known] = np.nan
+
+    def _facts(self, arrived: list[tuple[Mapping[str, Any], Step | None]]) -> Floats:
+        steps = [step for _, step in arrived if step is not None]
+        return self.reader.read([info for info, _ in arrived], steps if self._needs_steps else None)
+
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step from the local variables of ``collect_rollouts``."""
         infos, dones = local["infos"], local["dones"]
@@ -76,8 +93,10 @@ class Recorder:
             if truncated[i]:
                 self._last_obs[len(self._actions), i] = infos[i]["terminal_observation"]
         terminated = dones & ~truncated
-        steps = self._steps(local, actions, terminated, truncated) if self.reader.needs_steps else None
+        steps = self._steps(local, actions, terminated, truncated) if self._needs_steps else None
         facts = self.reader.read(infos, steps)
+        self._arrived = [(info, None if steps is None else steps[i]) for i, info in enumerate(infos)]
+        self._known = np.ones(len(infos), np.bool_)
         self._state_facts.append(self._state)
         self._next_facts.append(facts)
         self._terminated.append(terminated)
@@ -87,7 +106,10 @@ class Recorder:
         self.episodes.step(infos, local["rewards"], dones)
         if len(ended):
             self._state = facts.copy()
-            self._state[ended] = self._facts_at_reset(self._reset_infos(), local["new_obs"], ended)
+            first = self._first_steps(self._reset_infos(), local["new_obs"], ended)
+            for i, each in zip(ended.tolist(), first, strict=True):
+                self._arrived[i] = each
+            self._state[ended] = self._facts(first)
             if not self._checked:
                 self.reader.check_seen(infos[ended[0]])
                 self._checked = True
@@ -129,7 +151,7 @@ class Recorder:
         terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
         times: list[EventTimes] = []
         values: list[Floats] = []
-        for target, column in zip(self.catalogue.targets, self.reader.column, strict=True):
+        for target, column in zip(self.targets, self.reader.column, strict=True):
             fact = facts[..., column]
             if target.kind == "event":
                 times.append(event_times((fact == 1.0) == target.question.truth.event_when, terminated, truncated))
@@ -142,8 +164,9 @@ class Recorder:
         """The truth of a window (n_steps, n_envs), nan where it is not known."""
         return window_value(target, fact, now, terminated, truncated)
 
-    def _curves(self, reading: Reading, targets: list[Target]) -> list[Floats]:
-        head = self._head
+    def _curves(self, reading: Reading, targets: list[Target], panel: Panel | None = None) -> list[Floats]:
+        """Survival curves (n, width + 1) of event targets, of all questions or of a panel's, in the states read."""
+        n_state = self._head.n_state if panel is None else panel.n_state
         shares, logits = None, None
         if any(
             target.question.per_action for target in targets
@@ -152,28 +175,31 @@ class Recorder:
                 shares = reading.shares()
                 explored = getattr(self.model, "exploration_rate", 0.0)  # of an agent that is greedy otherwise
                 shares = (1.0 - explored) * shares + explored / shares.shape[1]
-                logits = reading.action_logits()
+                logits = reading.action_logits(panel=panel)
             else:
                 actions = reading.sampled(POLICY_SAMPLES, seed=self.model.num_timesteps)
                 shares = np.full(actions.shape[:2], 1.0 / POLICY_SAMPLES, np.float32)
-                logits = reading.action_logits(actions)
+                logits = reading.action_logits(actions, panel)
         curves = []
+        about_states = reading.state_logits(panel) if any(not t.question.per_action for t in targets) else None
         for target in targets:
             if not target.question.per_action:
-                curves.append(survival(reading.state_logits()[:, target.start : target.stop]))
+                assert about_states is not None
+                curves.append(survival(about_states[:, target.start : target.stop]))
             else:
                 assert logits is not None and shares is not None
-                each = survival(logits[..., target.start - head.n_state : target.stop - head.n_state])
+                each = survival(logits[..., target.start - n_state : target.stop - n_state])
                 curves.append(np.einsum("nm,nmk->nk", shares, each).astype(np.float32))
         return curves
 
-    def _facts_at_reset(self, infos: Sequence[Mapping[str, Any]], obs: Any, index: Iterable[int]) -> Floats:
-        first = [infos[i] for i in index]
-        steps = None
-        if self.reader.needs_steps:
-            raw = self._raw_obs(obs)
-            steps = [Step(row(raw, i), None, 0.0, False, False, infos[i]) for i in index]
-        return self.reader.read(first, steps)
+    def _first_steps(
+        self, infos: Sequence[Mapping[str, Any]], obs: Any, index: Iterable[int]
+    ) -> list[tuple[Mapping[str, Any], Step | None]]:
+        """Infos of resets, and steps of them where facts need steps."""
+        if not self._needs_steps:
+            return [(infos[i], None) for i in index]
+        raw = self._raw_obs(obs)
+        return [(infos[i], Step(row(raw, i), None, 0.0, False, False, infos[i])) for i in index]
 
     def _raw_obs(self, obs: Any) -> Any:
         """Observations before VecNormalize, for facts in the environment's own units."""
@@ -196,27 +222,54 @@ class Rollout(Recorder):
         self, model: OnPolicyAlgorithm, answerer: QuestionAnswerer, memory: RareEventMemory | None = None
     ) -> None:
         self.memory = memory
+        self._sample: int = answerer.policy.qa_kwargs["qa_sample"]
         super().__init__(model, answerer)
+        n = len(self.catalogue.targets)
+        if memory is not None and n > self._sample:
+            raise QAError(
+                f"QACallback got a memory of rare events, and {n} things are learnt of which qa_sample={self._sample} are sampled at a "
+                f"time; expected all of them; give policy_kwargs=dict(qa_sample={n}), or leave the memory out"
+            )
 
     def _begins(self) -> NDArray[np.bool_]:
         return np.asarray(self.model._last_episode_starts, np.bool_)
+
+    def start(self) -> None:
+        super().start()
+        every = self.catalogue.targets
+        if len(every) > SHARDS * self._sample:
+            self.targets = drawn(every, self._sample, self.model.num_timesteps)
+            self.reader = FactReader(self.targets)
+            self._read_state()
 
     def labels(self) -> LabelStore:
         """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
         times, values, cuts = self._truths()
         features = self._head.action_features
         self._flat_actions = flatten_rows(np.stack(self._actions))
-        self.store = LabelStore(
-            self.catalogue.targets,
-            [EventTimes(*(flatten_rows(x) for x in each)) for each in times],
-            [flatten_rows(value) for value in values],
-            flatten_rows(cuts.row),
-            self._continuations(cuts),
-            None if features is None else features(self._flat_actions),
-        )
+        flat_times = [EventTimes(*(flatten_rows(x) for x in each)) for each in times]
+        flat_values = [flatten_rows(value) for value in values]
+        cut_row, about = flatten_rows(cuts.row), None if features is None else features(self._flat_actions)
         self._cuts = cuts
-        if self.memory is not None:
-            self._offer(self.memory)
+        if len(self.targets) <= self._sample:
+            self.store = LabelStore(self.targets, flat_times, flat_values, cut_row, self._continuations(cuts), about)
+            if self.memory is not None:
+                self._offer(self.memory)
+            return self.store
+        timed, valued = iter(flat_times), iter(flat_values)
+        truth: dict[int, EventTimes | Floats] = {
+            target.start: next(timed) if target.kind in ("event", "yesno") else next(valued) for target in self.targets
+        }
+        seed = self.model.num_timesteps
+        order = np.random.default_rng([seed, 2]).permutation(len(self.targets))
+        panels, shards = [], []
+        for part in np.array_split(order, math.ceil(len(order) / self._sample)):
+            panel = self._head.panel([self.targets[n] for n in part])
+            told = [truth[target.start] for target in panel.original]
+            each = [x for x in told if isinstance(x, EventTimes)], [x for x in told if not isinstance(x, EventTimes)]
+            panels.append(panel)
+            shards.append(Shard(panel.targets, *each, cut_row, self._continuations(cuts, panel), about))
+        self.store = SampledLabels(panels, shards, seed)
         return self.store
 
     def _offer(self, memory: RareEventMemory) -> None:
@@ -259,9 +312,9 @@ class Rollout(Recorder):
         room = flatten_rows(room_until(self._cuts))[rows]
         score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory)
 
-    def _continuations(self, cuts: Cuts) -> list[Floats]:
+    def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
-        targets = [target for target in self.catalogue.targets if target.kind == "event"]
+        targets = [target for target in (panel or self.catalogue).targets if target.kind == "event"]
         if not targets or not len(cuts.step):
             return [np.zeros((len(cuts.step), target.width + 1), np.float32) for target in targets]
         newest: Any = self.model._last_obs
@@ -269,7 +322,7 @@ class Rollout(Recorder):
         for place in zip(cuts.step.tolist(), cuts.env.tolist(), strict=True):
             rows.append(self._last_obs[place] if place in self._last_obs else row(newest, place[1]))
         memory = self._memory_after(cuts) if self.answerer.recurrent else None
-        return self._curves(self.answerer.read(stack(rows), memory, keep=False), targets)
+        return self._curves(self.answerer.read(stack(rows), memory, keep=False), targets, panel)
 
     def _memory_after(self, cuts: Cuts) -> Memory:
         """What is remembered of each environment after the step that its future is cut at."""

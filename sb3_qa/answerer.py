@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
@@ -21,8 +20,10 @@ from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead, decode
 from sb3_qa.memory import Memory
-from sb3_qa.questions import Catalogue, Instance, nearest
+from sb3_qa.panel import Panel
+from sb3_qa.questions import UNTAUGHT, Catalogue, Instance, nearest
 from sb3_qa.taps import plain
+from sb3_qa.understanding import Understanding
 from sb3_qa.values import PointValues
 
 __all__ = ["QuestionAnswerer", "Reading"]
@@ -109,22 +110,25 @@ class Reading:
         mixed._state_logits = None
         return mixed
 
-    def state_logits(self) -> Floats:
-        """(n, n_state)"""
+    def state_logits(self, panel: Panel | None = None) -> Floats:
+        """(n, n_state), of all questions or a panel's."""
+        if panel is not None:
+            return self._head.state_logits(self.hidden, panel)
         if self._state_logits is None:
             self._state_logits = self._head.state_logits(self.hidden)
         return self._state_logits
 
-    def action_logits(self, actions: NDArray[Any] | None = None) -> Floats:
+    def action_logits(self, actions: NDArray[Any] | None = None, panel: Panel | None = None) -> Floats:
         """Logits of the questions about actions.
 
         :param actions: (n, *action_shape); (n, m, *action_shape) for m candidates each; None for all of a discrete space
+        :param panel: of which questions, all if None
         :return: (n, n_columns) or (n, m, n_columns)
         """
         if actions is None:
             space = self._policy.action_space
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
-        return self._head.action_logits(self.hidden, actions, self._of_critics(actions))
+        return self._head.action_logits(self.hidden, actions, panel, self._of_critics(actions))
 
     def all_logits(self, index: NDArray[np.intp], actions: NDArray[Any] | None) -> tuple[Floats, Floats]:
         """Of the states at ``index``: logits of the questions about states, (n, n_state), and of those about actions,
@@ -132,16 +136,14 @@ class Reading:
 
         :param actions: m candidates each, (n, m, *action_shape); None for all of a discrete space
         """
-        hidden, space = self.hidden[index], self._policy.action_space
+        part = self.part(index)
         if self._head.action_features is None:
-            return self._head.state_logits(hidden), np.zeros((len(index), 0, 0), np.float32)
-        if actions is None:
-            actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(index), int(space.n)))
-        return self._head.state_logits(hidden), self._head.action_logits(hidden, actions)
+            return part.state_logits(), np.zeros((len(index), 0, 0), np.float32)
+        return part.state_logits(), part.action_logits(actions)
 
-    def step_logits(self, actions: NDArray[Any], after: Reading) -> Floats:
-        """Logits of all questions, (n, n_logits): about these actions here, and about the states after."""
-        return self._head.step_logits(self.hidden, actions, after.hidden, self._of_critics(actions))
+    def step_logits(self, actions: NDArray[Any], after: Reading, panel: Panel | None = None) -> Floats:
+        """Logits of all questions or a panel's, (n, n_logits): about these actions here, and about the states after."""
+        return self._head.step_logits(self.hidden, actions, after.hidden, panel, self._of_critics(actions))
 
     def _of_critics(self, actions: NDArray[Any]) -> Floats | None:
         critics = self._policy.qa_critics
@@ -149,7 +151,10 @@ class Reading:
 
     def logits(self, instance: Instance, actions: NDArray[Any] | None = None) -> Floats:
         """The logits that an instance is answered from: (n, width), or with a dimension of candidates in between."""
-        target = self._head.catalogue.target_of[instance.key]
+        target = self._head.catalogue.target_for(instance)
+        if self._head.by_panels or target.start == UNTAUGHT:
+            panel = self._head.panel_of(target)
+            return self.action_logits(actions, panel) if instance.per_action else self.state_logits(panel)
         if not instance.per_action:
             return self.state_logits()[:, target.start : target.stop]
         offset = self._head.n_state
@@ -239,12 +244,7 @@ class QuestionAnswerer:
         if names is None and isinstance(policy.action_space, spaces.Discrete):
             names = [str(n) for n in range(int(policy.action_space.n))]
         self.action_names: list[str] | None = None if names is None else [str(name) for name in names]
-        self._texts: list[tuple[re.Pattern[str], Instance]] = []
-        for instance in self.catalogue.instances.values():
-            pattern = re.escape(instance.text).replace(re.escape("{action}"), "(?P<action>.+?)", 1)
-            self._texts.append(
-                (re.compile(pattern.replace(re.escape("{action}"), "(?P=action)"), re.IGNORECASE), instance)
-            )
+        self._understanding: Understanding | None = None
         self._last: tuple[Any, int, Reading] | None = None
         self._warned = False
 
@@ -308,6 +308,9 @@ class QuestionAnswerer:
         Without a state it answers as at the start of an episode, as ``predict()`` acts, and logs a warning, once. The wrappers
         keep the state by themselves. Of other policies both are passed over.
 
+        Another text is understood as far as the encoder generalises (``qa_encoder="text"`` or ``"sentence"``): the
+        answer tells in ``understood_as`` what it was taken to ask, and in ``familiarity`` how near that is to what was taught.
+
         :param question: an instance's key, ``"crash[k=5]"``, or its text, with or without an action filled in
         :param obs: observations as the policy sees them, (n_envs, ...), or a single one (answers have no first dimension then)
         :param action: for a question about an action, the action of each observation: (n_envs, *action_shape), one for
@@ -316,9 +319,11 @@ class QuestionAnswerer:
             RecurrentPPO keeps it; ``predict()`` returns as much only where the critic has no LSTM of its own
         :param episode_start: (n_envs,), which observations are the first of an episode: their state counts for nothing
         :return: of shape (n_envs,), or (n_envs, n_actions) where every action was asked about
-        :raises QAError: for an unknown question or action, or observations or a state of another shape
+        :raises NotTaught: (a QAError) for a question too far from what was taught; it names the nearest
+        :raises QAError: for an unknown action, a text that fits several questions, or observations or a state of another shape
         """
-        instance, named = self._understand(question)
+        instance, named, familiarity = self.understanding.understand(question)
+        named = None if named == "{action}" else named
         if named is not None and action is not None:
             raise QAError(
                 f"the question names the action {named!r} and action={action!r} was given; expected one of them; drop one"
@@ -327,7 +332,9 @@ class QuestionAnswerer:
         reading = Reading(self, batch, self._memory(batch, state, episode_start))
         actions = self._actions(instance, named if named is not None else action, len(reading))
         logits = reading.logits(instance, actions)
-        return decode(instance, logits if batched else logits[0])
+        answer = decode(instance, logits if batched else logits[0])
+        answer.understood_as, answer.familiarity = instance.key, familiarity
+        return answer
 
     def remember(self, obs: Any, state: Any = None, episode_start: Any = None) -> Any:
         """The state of a recurrent policy after it has seen ``obs``, for the next :meth:`ask`; None of other policies.
@@ -385,7 +392,7 @@ class QuestionAnswerer:
 
     def values(self, keys: Sequence[str]) -> PointValues:
         """A fast reader of the point values of these instances, see :class:`~sb3_qa.values.PointValues`."""
-        return PointValues(self.catalogue, keys)
+        return PointValues(self.catalogue, keys, self.policy.qa_head)
 
     def _batch(self, obs: Any) -> tuple[Any, bool]:
         """A batch of observations (arrays, or tensors where SB3 had to look at them), and whether it was one before."""
@@ -402,23 +409,12 @@ class QuestionAnswerer:
                 "one or a batch; pass what the policy's predict() takes"
             ) from error
 
-    def _understand(self, question: str) -> tuple[Instance, str | None]:
-        if question in self.catalogue.instances:
-            return self.catalogue.instances[question], None
-        matches = [(pattern.fullmatch(question.strip()), instance) for pattern, instance in self._texts]
-        found = [(match, instance) for match, instance in matches if match is not None]
-        if len(found) > 1:
-            keys = [instance.key for _, instance in found]
-            raise QAError(
-                f"{question!r} is the text of {keys}; expected one of them; ask by its key, or put the slot into the text"
-            )
-        for match, instance in found:
-            name = match.groupdict().get("action")
-            return instance, None if name == "{action}" else name
-        known = [*self.catalogue.instances, *(instance.text for instance in self.catalogue.instances.values())]
-        raise QAError(
-            f"the answerer was not taught {question!r}; expected one of {nearest(question, known)}; ask by an instance's key or its text"
-        )
+    @property
+    def understanding(self) -> Understanding:
+        """Finds the instance that a text asks for; made when it is first needed."""
+        if self._understanding is None or self._understanding.head is not self.policy.qa_head:
+            self._understanding = Understanding(self.catalogue, self.policy.qa_head, self.action_names or ())
+        return self._understanding
 
     def _actions(self, instance: Instance, action: Any, n: int) -> NDArray[Any] | None:
         space = self.policy.action_space

@@ -22,6 +22,11 @@ class Answer(NDArrayOperatorsMixin):
     In arithmetic it stands for its point value, :attr:`value`: ``-2.0 * answer`` is an array.
     """
 
+    understood_as: str = ""
+    """The instance that the question was taken to ask, e.g. ``crash[k=7]``, whether it was taught or not."""
+    familiarity: float = 1.0
+    """How near that is to what was taught: 1 for what was, see :class:`~sb3_qa.understanding.Understanding`."""
+
     @property
     def value(self) -> Floats:
         """One number an observation (n_envs,): the probability of yes, the mean, or the index of the likeliest option."""

@@ -12,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from sb3_qa.head import QAHead, Weights
+    from sb3_qa.panel import PanelShapes
 
 __all__ = ["ClosedForm"]
 
@@ -46,7 +47,7 @@ class ClosedForm:
     batch is worked out in them. Inputs of a layer end in a column of ones, for the bias; states are in the upper half of
     the last one and actions in the lower, where there are both.
 
-    :param head: whose shapes these are
+    :param head: whose shapes these are, or the shapes of some of its questions
     :param weights: the head's, which may change in place
     :param xp: numpy or torch
     :param dims: widths of the readouts' latents
@@ -54,7 +55,9 @@ class ClosedForm:
     :param acted: whether there are questions about actions
     """
 
-    def __init__(self, head: QAHead, weights: Weights, xp: Any, dims: Sequence[int], like: Array, acted: bool) -> None:
+    def __init__(
+        self, head: QAHead | PanelShapes, weights: Weights, xp: Any, dims: Sequence[int], like: Array, acted: bool
+    ) -> None:
         new: Any = partial(np.empty, dtype=np.float32) if xp is np else partial(torch.empty, device=like.device)
         n, n_state, width, w = len(like), head.n_state, head.width, weights
         self.xp, self.weights, self.n, self.acted = xp, w, n, acted

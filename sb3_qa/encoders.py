@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Target
 
-__all__ = ["ActionFeatures", "initial_rows"]
+__all__ = ["ActionFeatures", "event_bias", "initial_rows"]
 
 
 def initial_rows(
@@ -21,15 +21,21 @@ def initial_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (n_logits, width) and biases (n_logits,) of the encoder ``"index"``: a row of its own for every logit."""
     if encoder != "index":
-        raise QAError(f"qa_encoder got {encoder!r}; expected 'index'; leave it out")
+        raise QAError(
+            f"qa_encoder got {encoder!r}; expected 'index' for rows of their own; make the head with make_head()"
+        )
     rows = torch.randn(catalogue.n_logits, width, generator=generator) * 0.025  # logits start near their biases
     return rows, torch.cat([_initial_bias(target) for target in catalogue.targets])
 
 
 def _initial_bias(target: Target) -> torch.Tensor:
-    # An event starts as likely as not within its horizon: 1 - (1 - h)^K = 1/2.
-    hazard = 1.0 - 0.5 ** (1.0 / target.width)
-    return torch.full((target.width,), math.log(hazard / (1.0 - hazard)) if target.kind == "event" else 0.0)
+    return torch.full((target.width,), event_bias(target.width) if target.kind == "event" else 0.0)
+
+
+def event_bias(horizon: int) -> float:
+    """The logit of hazards by which an event is as likely as not within its horizon: 1 - (1 - h)^K = 1/2."""
+    hazard = 1.0 - 0.5 ** (1.0 / horizon)
+    return math.log(hazard / (1.0 - hazard))
 
 
 class ActionFeatures:

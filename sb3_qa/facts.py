@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
-from sb3_qa.truth import Step, fact_slots
+from sb3_qa.truth import Fact, Step, Table, fact_slots
 
-__all__ = ["COMPARISONS", "FactOf", "FactReader", "check_facts"]
+__all__ = ["COMPARISONS", "FactOf", "FactReader", "check_facts", "needs_steps"]
 
 COMPARISONS = ("above", "below", "equals")
 
@@ -121,12 +121,20 @@ class Signal:
         self.seen = False
         self.key: str | None = None
         self.call: Callable[[Step], Any] | None = None
+        self.table = self.fact if isinstance(self.fact, Table) else None
+        self.place = 0 if self.table is None else self.table.index(target.slots)
         slots = {name: target.slots[name] for name in fact_slots(self.fact) if name in target.slots}
-        if isinstance(self.fact, str):
+        if self.table is not None:
+            pass
+        elif isinstance(self.fact, str):
             self.key = self.fact.format(**slots)
         else:
             self.call = (lambda step, fact=self.fact, slots=slots: fact(step, **slots)) if slots else self.fact
-        self.identity = (self.key or (id(self.fact), *map(repr, slots.items())), self.answer)
+        self.identity = (
+            (self.key or (id(self.fact), *map(repr, slots.items())), self.answer)
+            if self.table is None
+            else (id(self.table), self.place, self.answer)
+        )
         options = self.answer.options if isinstance(self.answer, Choice) else ()
         self._index = {option: n for n, option in enumerate(options)}
         if not any(isinstance(option, Real) for option in options):  # else 0 could be an option or an index
@@ -147,6 +155,18 @@ class Signal:
                 f"for every step; mend the callable (info had {sorted(step.info)})"
             ) from error
         return self.convert([value])[0]
+
+    def check(self, values: NDArray[np.float32]) -> None:
+        """Refuse values of a table, (n,), that are none of the answer's."""
+        known = values[~np.isnan(values)]
+        if isinstance(self.answer, YesNo):
+            wrong = known[(known != 0.0) & (known != 1.0)]
+        elif isinstance(self.answer, Choice):
+            wrong = np.array([value for value in known.tolist() if value not in self._index])
+        else:
+            wrong = known[~np.isfinite(known)]
+        if len(wrong):
+            self._convert(wrong[0].item())
 
     def convert(self, values: list[Any]) -> list[float]:
         """Values of a fact as floats; None, where it is absent, as nan."""
@@ -182,25 +202,41 @@ class Signal:
         raise QAError(f"the fact of question {self.question.name!r} gave {value!r}; expected {expected}; {mend}")
 
 
+def needs_steps(fact: Fact) -> bool:
+    """Whether a fact is made of a whole :class:`Step`, and not of an info alone."""
+    return not isinstance(fact.source if isinstance(fact, Table) else fact, str)
+
+
 class FactReader:
     """Reads the facts that a catalogue's targets need.
 
-    :param catalogue: the questions
+    :param targets: what is learnt, or a catalogue
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, targets: Sequence[Target] | Catalogue) -> None:
         self.signals: list[Signal] = []
+        self._tables: list[tuple[Table, NDArray[np.intp], NDArray[np.intp]]] = []
         self.column: list[int] = []
         """For each target, the column of the facts it is about."""
         columns: dict[Any, int] = {}
-        for target in catalogue.targets:
+        for target in targets.targets if isinstance(targets, Catalogue) else targets:
             signal = Signal(target)
             if signal.identity not in columns:
                 columns[signal.identity] = len(self.signals)
                 self.signals.append(signal)
             self.column.append(columns[signal.identity])
-        self.needs_steps = any(signal.call is not None for signal in self.signals)
         self.n_facts = len(self.signals)
+        tables: dict[int, list[int]] = {}
+        for n, signal in enumerate(self.signals):
+            if signal.table is not None:
+                tables.setdefault(id(signal.table), []).append(n)
+        for members in tables.values():
+            table = self.signals[members[0]].table
+            assert table is not None
+            places = np.array([self.signals[n].place for n in members], np.intp)
+            self._tables.append((table, np.array(members, np.intp), places))
+        self._alone = [(n, signal) for n, signal in enumerate(self.signals) if signal.table is None]
+        self.needs_steps = any(needs_steps(signal.fact) for signal in self.signals)
 
     def read(self, infos: Sequence[Mapping[str, Any]], steps: Sequence[Step] | None = None) -> NDArray[np.float32]:
         """Facts of one step of every environment.
@@ -210,14 +246,38 @@ class FactReader:
         :return: (n_envs, n_facts), nan where a fact is not known
         """
         columns = []
-        for signal in self.signals:
+        for _, signal in self._alone:
             if signal.key is None:
                 assert steps is not None
                 columns.append([signal.read(step) for step in steps])
             else:
                 key = signal.key
                 columns.append(signal.convert([info.get(key) for info in infos]))
-        return np.array(columns, np.float32).T
+        alone = np.array(columns, np.float32).T
+        if not self._tables:
+            return alone
+        facts = np.full((len(infos), self.n_facts), np.nan, np.float32)
+        if self._alone:
+            facts[:, [n for n, _ in self._alone]] = alone
+        for table, members, places in self._tables:
+            for i, info in enumerate(infos):
+                step = Step(None, None, 0.0, False, False, info) if steps is None else steps[i]
+                values = _read_table(table, step)
+                if values is not None:
+                    facts[i, members] = values[places]
+            self._check_table(members, facts)
+        return facts
+
+    def _check_table(self, members: NDArray[np.intp], facts: NDArray[np.float32]) -> None:
+        """Tables are checked as a whole, and a column by itself only where something is amiss."""
+        block = facts[:, members]
+        known = ~np.isnan(block)
+        plain = (block == 0.0) | (block == 1.0) | ~known
+        for n in members[~plain.all(axis=0)].tolist():
+            self.signals[n].check(facts[:, n])
+        if not self.signals[members[0]].seen or not self.signals[members[-1]].seen:
+            for n in members[known.any(axis=0)].tolist():
+                self.signals[n].seen = True
 
     def check_seen(self, info: Mapping[str, Any]) -> None:
         """Refuse to go on when a fact has not been there once since the start.
@@ -229,9 +289,31 @@ class FactReader:
             if not signal.seen:
                 keys = [key for key in info if not key.startswith("qa/")]
                 got = f"info had {nearest(str(signal.key or ''), keys)}" if keys else "info was empty"
-                what = f"the fact {signal.key!r}" if signal.key else "the callable fact (it gave None or a KeyError)"
+                what = (
+                    f"{signal.table}"
+                    if signal.table
+                    else f"the fact {signal.key!r}"
+                    if signal.key
+                    else "the callable fact (it gave None or a KeyError)"
+                )
                 mend = f"lambda step: step.info.get({signal.key or '...'!r}, False)"
                 raise QAError(
                     f"{what} of question {signal.question.name!r} never appeared; {got}; expected it at least once by now; name a key "
                     f"that is there, or give a callable if it is told only now and then, e.g. {mend}"
                 )
+
+
+def _read_table(table: Table, step: Step) -> NDArray[Any] | None:
+    try:
+        values: NDArray[Any] | None = table.read(step)
+        return values
+    except KeyError:  # as an absent info key
+        return None
+    except QAError:
+        raise
+    except Exception as error:
+        if step.action is None and not isinstance(table.source, str):  # a reset, of which less is known
+            return None
+        raise QAError(
+            f"{table} raised {type(error).__name__}: {error}; expected an array for every step; mend the callable"
+        ) from error

@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,16 @@ from sb3_qa.answers import Answer, ChoiceAnswer, NumberAnswer, YesNoAnswer
 from sb3_qa.closed_form import ClosedForm
 from sb3_qa.encoders import ActionFeatures, initial_rows
 from sb3_qa.errors import QAError
-from sb3_qa.questions import Catalogue, Choice, Instance, Number
+from sb3_qa.panel import Panel, PanelShapes, blocks_of
+from sb3_qa.questions import Catalogue, Choice, Instance, Number, Target
 
 __all__ = ["QAHead", "Weights", "decode", "survival"]
 
 Floats = NDArray[np.float32]
 Array = Any  # a numpy array or a torch tensor
 
+MOST_LOGITS = 512  # beyond, whoever asks for some questions does not pay for all
+MOST_PANELS = 4096  # questions whose rows are kept, each asked by itself
 LONGEST_AVERAGE = 500  # updates that answers are averaged over
 
 
@@ -88,7 +92,7 @@ class QAHead(nn.Module):
     :param latent_dim: width of the latents (of all readouts together)
     :param action_space: the agent's
     :param net_arch: widths of the head's own layers; ``[]`` reads the latents directly (no questions about actions)
-    :param encoder: how rows are made from questions
+    :param encoder: how rows are made from questions: here each has its own, see :mod:`sb3_qa.language` for those made of words
     :param seed: of the initial weights; no shared random stream is used
     :param critic_dims: widths of the latents of critics; they belong to an action in a state, and are read as further features
         of the action
@@ -100,11 +104,12 @@ class QAHead(nn.Module):
         latent_dim: int,
         action_space: spaces.Space[Any],
         net_arch: Sequence[int],
-        encoder: str = "index",
+        encoder: Any = "index",
         seed: int = 0,
         critic_dims: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.encoder = encoder
         self.catalogue = catalogue
         self.latent_dim = latent_dim
         self.critic_dims = list(critic_dims)
@@ -123,16 +128,16 @@ class QAHead(nn.Module):
         widths = [latent_dim, *net_arch]
         self.width = widths[-1]
         self.scale = 4.0 / math.sqrt(self.width)
-        self.blocks = _blocks(catalogue)
+        self.blocks = blocks_of(catalogue.targets)
         n_features = self.action_features.n_features if self.action_features else 0
+        generator = torch.Generator().manual_seed(seed)
+        readout = self._initial_readout(generator)
         critic_dim = sum(critic_dims)
-        shapes = [(self.n_logits, self.width + 1), (n_features + critic_dim, self.width)]
+        shapes = [tuple(readout.shape), (n_features + critic_dim, self.width)]
         shapes += [(n_out, n_in + 1) for n_in, n_out in itertools.pairwise(widths)]
         stops = list(itertools.accumulate(math.prod(shape) for shape in shapes))
         self._places = list(zip([0, *stops], stops, shapes, strict=False))
-        generator = torch.Generator().manual_seed(seed)
-        rows, bias = initial_rows(encoder, catalogue, self.width, generator)
-        parts = [torch.cat([rows, bias[:, None]], dim=1)]
+        parts = [readout]
         parts.append(torch.randn(n_features, self.width, generator=generator) / math.sqrt(2.0))
         parts.append(torch.randn(critic_dim, self.width, generator=generator) / math.sqrt(max(critic_dim, 1)))
         for n_out, n_in_and_bias in shapes[2:]:
@@ -146,11 +151,18 @@ class QAHead(nn.Module):
         self._learning: tuple[int, Weights] | None = None  # views, and the place that they are of
         self._answering: tuple[int, _Answering] | None = None
         self._closed_form: ClosedForm | None = None
+        self._panels: dict[Any, Panel] = {}
+        self.by_panels = self.n_logits > MOST_LOGITS
         self._followed = self.flat._version  # of the weights that the average has taken in
         self.register_load_state_dict_post_hook(_both_are_loaded)  # type: ignore[no-untyped-call]
 
+    def _initial_readout(self, generator: torch.Generator) -> torch.Tensor:
+        """What rows are made of, to begin with: here the rows themselves and their biases, (n_logits, width + 1)."""
+        rows, bias = initial_rows(self.encoder, self.catalogue, self.width, generator)
+        return torch.cat([rows, bias[:, None]], dim=1)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_learning": None, "_answering": None, "_closed_form": None}
+        return {**self.__dict__, "_learning": None, "_answering": None, "_closed_form": None, "_panels": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -181,7 +193,8 @@ class QAHead(nn.Module):
 
     def target(self) -> QAHead:
         """The head of a target network: a copy that answers by :attr:`flat`, which the algorithm moves with that network."""
-        head = copy.deepcopy(self, {id(self.catalogue): self.catalogue})
+        shared = [self.catalogue, getattr(self, "words", None)]  # a sentence model is large
+        head = copy.deepcopy(self, {id(each): each for each in shared if each is not None})
         head.flat.requires_grad_(False)
         head.of_target = True
         return head
@@ -215,27 +228,83 @@ class QAHead(nn.Module):
             self._answering = key, _Answering(layers, w.action, *parts, w.bias)
         return self._answering[1]
 
+    def panel_of(self, target: Target) -> Panel:
+        """The panel of a single target, which is kept.
+
+        :raises QAError: when it was not taught and the encoder cannot tell from its words
+        """
+        key = target.question.name, tuple(target.slots.items()), target.width
+        if key not in self._panels:
+            if len(self._panels) >= MOST_PANELS:
+                self._panels.clear()
+            self._panels[key] = self.panel([target])
+        return self._panels[key]
+
+    def panel(self, targets: Sequence[Target]) -> Panel:
+        """A panel of some targets.
+
+        :raises QAError: when one was not taught and the encoder cannot tell from its words
+        """
+        panel = Panel(targets)
+        if not panel.taught:
+            self._check_untaught(panel)
+        return panel
+
+    def _check_untaught(self, panel: Panel) -> None:
+        names = [target.question.name for target in panel.original if target.start < 0]
+        raise QAError(
+            f"question {names[0]!r} was kept out of training with these slots, and qa_encoder='index' knows what it was taught alone; "
+            "expected an encoder that reads words; give policy_kwargs=dict(qa_encoder='text')"
+        )
+
+    def readout_of(self, made_of: torch.Tensor, panel: Panel) -> torch.Tensor:
+        """Rows and biases of a panel, (n_logits of the panel, width + 1), differentiable.
+
+        :param made_of: what rows are made of, the first part of the flat weights
+        """
+        return made_of.view(self.n_logits, self.width + 1)[torch.from_numpy(panel.columns).to(made_of.device)]
+
+    def _panel_that_answers(self, panel: Panel) -> _Answering:
+        """The weights that answer a panel's questions; its rows are made once an update, when they are first asked for."""
+        layers, action = self._layers_that_answer()
+        key = self.flat._version, self.average.data_ptr()
+        if panel.answering is None or panel.answering[0] != key or self.of_target:
+            with torch.no_grad():
+                made = self.readout_of(self.average[: self._places[0][1]], panel).cpu().numpy()
+            n, rows, bias = panel.n_state, made[:, :-1], made[:, -1].copy()
+            parts = (rows[:n].T, bias[:n]), (rows[n:].T, bias[n:])
+            panel.answering = key, _Answering(layers, action, *parts, bias)
+        answering: _Answering = panel.answering[1]
+        return answering
+
+    def _layers_that_answer(self) -> tuple[list[tuple[Floats, Floats]], Floats]:
+        w = self._that_answer()
+        return w.layers, w.action
+
     def hidden(self, latents: Floats) -> Floats:
         """(n, latent_dim) -> (n, width), before the last non-linearity."""
-        for n, (across, bias) in enumerate(self._that_answer().layers):
+        for n, (across, bias) in enumerate(self._layers_that_answer()[0]):
             latents = (np.tanh(latents) if n else latents) @ across
             latents += bias
         return latents
 
-    def state_logits(self, hidden: Floats) -> Floats:
-        """(n, width) -> (n, n_state)."""
-        w = self._that_answer()
+    def state_logits(self, hidden: Floats, panel: Panel | None = None) -> Floats:
+        """(n, width) -> (n, n_state), of all questions or a panel's."""
+        w = self._that_answer() if panel is None else self._panel_that_answers(panel)
         return self._logits(np.tanh(hidden) if w.layers else hidden, w.states)
 
-    def action_logits(self, hidden: Floats, actions: NDArray[Any], critics: Floats | None = None) -> Floats:
+    def action_logits(
+        self, hidden: Floats, actions: NDArray[Any], panel: Panel | None = None, critics: Floats | None = None
+    ) -> Floats:
         """Logits of the questions about actions.
 
         :param hidden: (n, width)
         :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
+        :param panel: of which questions, all if None
         :param critics: latents of the critics, if they are read: (n, sum(critic_dims)), or (n, m, ...)
         :return: (n, n_logits - n_state), or (n, m, ...)
         """
-        w = self._that_answer()
+        w = self._that_answer() if panel is None else self._panel_that_answers(panel)
         return self._logits(np.tanh(self._acted(w, hidden, actions, critics)), w.actions)
 
     def hazard_gradient(
@@ -264,20 +333,27 @@ class QAHead(nn.Module):
         return hazard, d_hidden @ w.action[: self.action_features.n_features].T
 
     def step_logits(
-        self, before: Floats, actions: NDArray[Any], after: Floats, critics: Floats | None = None
+        self,
+        before: Floats,
+        actions: NDArray[Any],
+        after: Floats,
+        panel: Panel | None = None,
+        critics: Floats | None = None,
     ) -> Floats:
         """Logits of all questions (n, n_logits): about the states after, and about the actions taken in those before.
 
         :param before: (n, width)
         :param actions: (n, *action_shape)
         :param after: (n, width)
+        :param panel: of which questions, all if None
         :param critics: latents of the critics before, if they are read: (n, sum(critic_dims))
         """
-        n, w = len(before), self._that_answer()
+        n, of = len(before), self if panel is None else panel
+        w = self._that_answer() if panel is None else self._panel_that_answers(panel)
         x = np.tanh(np.concatenate([after, self._acted(w, before, actions, critics)]))
-        logits = np.empty((n, self.n_logits), np.float32)
-        np.matmul(x[:n], w.states[0], out=logits[:, : self.n_state])
-        np.matmul(x[n:], w.actions[0], out=logits[:, self.n_state :])
+        logits = np.empty((n, of.n_logits), np.float32)
+        np.matmul(x[:n], w.states[0], out=logits[:, : of.n_state])
+        np.matmul(x[n:], w.actions[0], out=logits[:, of.n_state :])
         logits *= self.scale
         logits += w.bias
         return logits
@@ -296,25 +372,40 @@ class QAHead(nn.Module):
         logits += readout[1]
         return logits
 
-    def forward(self, latents: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, features: torch.Tensor | None = None, panel: Panel | None = None
+    ) -> torch.Tensor:
         """Logits of all questions, (n, n_logits), about states and about the actions taken in them; differentiable.
 
         The plain statement of what the head learns; training takes :meth:`gradients` and answering numpy.
 
         :param latents: (n, latent_dim)
         :param features: (n, n_action_features) of the actions, with the latents of critics behind them if they are read
+        :param panel: of which questions, all if None
         """
         weights = self.weights(self.flat)
+        readout, n_state = self._readout(panel)
         hidden = latents
         for n, (weight, bias) in enumerate(weights.layers):
             hidden = nn.functional.linear(torch.tanh(hidden) if n else hidden, weight, bias)
         x = torch.tanh(hidden) if weights.layers else hidden
         x_action = x if features is None else torch.tanh(hidden + features @ weights.action)
-        state, action = weights.rows[: self.n_state], weights.rows[self.n_state :]
-        return torch.cat([x @ state.T, x_action @ action.T], dim=1) * self.scale + weights.bias
+        state, action = readout[:n_state, :-1], readout[n_state:, :-1]
+        return torch.cat([x @ state.T, x_action @ action.T], dim=1) * self.scale + readout[:, -1]
+
+    def _readout(self, panel: Panel | None) -> tuple[torch.Tensor, int]:
+        """Rows and biases as they are learnt, and how many of them are about states."""
+        if panel is None:
+            return self.weights(self.flat).readout, self.n_state
+        return self.readout_of(self.flat[: self._places[0][1]], panel), panel.n_state
 
     def gradients(
-        self, latents: Sequence[torch.Tensor], features: Array | None, y: Array, weight: Array
+        self,
+        latents: Sequence[torch.Tensor],
+        features: Array | None,
+        y: Array,
+        weight: Array,
+        panel: Panel | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Forward and backward through the head in closed form.
 
@@ -324,8 +415,11 @@ class QAHead(nn.Module):
         :param features: (n, n_action_features) of the actions, numpy
         :param y: (n, n_logits), targets of the cells, numpy
         :param weight: (n, n_logits), weights of the cells with all factors of the loss, numpy
+        :param panel: of which questions, all if None
         :return: gradients of the latents, and of :attr:`flat`
         """
+        if panel is not None:
+            return self._panel_gradients(panel, latents, features, y, weight)
         if latents[0].device.type == "cpu":
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
             d_latents, d_flat = self._gradients(np, self._that_learn(), arrays, features, y, weight)
@@ -334,6 +428,46 @@ class QAHead(nn.Module):
         moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
         d_latents, d_flat = self._gradients(torch, self._that_learn(), arrays, *moved)
         return d_latents, d_flat.clone()
+
+    def _panel_gradients(
+        self, panel: Panel, latents: Sequence[torch.Tensor], features: Array | None, y: Array, weight: Array
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """As :meth:`gradients`; the closed form gives the gradient of the rows, and torch goes on into what they are made of."""
+        flat, n_made_of = self.flat.detach(), self._places[0][1]
+        made_of = flat[:n_made_of].requires_grad_()
+        with torch.enable_grad():
+            readout = self.readout_of(made_of, panel)
+        on_cpu, acted = flat.is_cpu, features is not None
+        kept = panel.workspace
+        if kept is None or kept[0] != (len(y), acted, flat.device):
+            shapes = PanelShapes(panel, self.width, self.scale, flat[n_made_of:], partial(self._panel_weights, panel))
+            weights = self._panel_weights(panel, shapes.flat.numpy() if on_cpu else shapes.flat)
+            like = y if on_cpu else torch.as_tensor(y, device=flat.device)
+            dims = [latent.shape[1] for latent in latents]
+            form = ClosedForm(shapes, weights, np if on_cpu else torch, dims, like, acted)
+            kept = panel.workspace = (len(y), acted, flat.device), shapes, form
+        _, shapes, form = kept
+        n = shapes.n_readout
+        shapes.flat[:n] = readout.detach().flatten()
+        shapes.flat[n:] = flat[n_made_of:]
+        if on_cpu:
+            arrays: list[Array] = [latent.detach().numpy() for latent in latents]
+            d_arrays, d_array = form(arrays, features, y, weight)
+            d_latents, d_whole = [torch.from_numpy(each) for each in d_arrays], torch.from_numpy(d_array)
+        else:
+            moved = [None if x is None else torch.as_tensor(x, device=flat.device) for x in (features, y, weight)]
+            d_latents, d_whole = form([latent.detach() for latent in latents], *moved)
+        (d_made_of,) = torch.autograd.grad(readout, made_of, d_whole[:n].view_as(readout))
+        return d_latents, torch.cat([d_made_of, d_whole[n:]])
+
+    def _panel_weights(self, panel: Panel, flat: Array) -> Weights:
+        """The weights in a flat array that begins with a panel's readout, as views."""
+        n, begin = panel.n_logits * (self.width + 1), self._places[0][1]
+        readout = flat[:n].reshape(panel.n_logits, self.width + 1)
+        action, *hidden = [
+            flat[n + start - begin : n + stop - begin].reshape(shape) for start, stop, shape in self._places[1:]
+        ]
+        return Weights(readout, action, hidden)
 
     def _gradients(
         self, xp: Any, w: Weights, latents: Sequence[Array], features: Array | None, y: Array, weight: Array
@@ -409,15 +543,3 @@ def _comes(hazard_logits: Floats) -> Floats:
 def _softmax(logits: Floats) -> Floats:
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
-
-
-def _blocks(catalogue: Catalogue) -> list[tuple[int, int, int]]:
-    """Runs of columns (start, stop, width) that are squashed alike; width 1 stands for sigmoids."""
-    blocks: list[tuple[int, int, int]] = []
-    for target in catalogue.targets:
-        width = target.width if target.kind in ("choice", "number") else 1
-        if blocks and blocks[-1][2] == width:
-            blocks[-1] = (blocks[-1][0], target.stop, width)
-        else:
-            blocks.append((target.start, target.stop, width))
-    return blocks

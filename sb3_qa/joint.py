@@ -19,6 +19,7 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead
 from sb3_qa.labels import LabelStore
+from sb3_qa.panel import Panel
 from sb3_qa.rare_events import Remembered
 
 __all__ = ["JointTraining", "attach", "question_losses"]
@@ -51,7 +52,7 @@ def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor, grad_output: to
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def question_losses(head: QAHead | Panel, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats of each target, averaged over the transitions: (n_targets,).
 
     Differentiable; the training itself uses the closed form of its gradient, :meth:`QAHead.gradients`.
@@ -68,7 +69,8 @@ def question_losses(head: QAHead, logits: torch.Tensor, y: torch.Tensor, weight:
         else:
             cells.append(-y[:, start:stop] * block.unflatten(1, (-1, width)).log_softmax(-1).flatten(1))
     cell = weight * torch.cat(cells, dim=1)
-    return torch.stack([cell[:, t.start : t.stop].sum() / len(logits) for t in head.catalogue.targets])
+    targets = head.targets if isinstance(head, Panel) else head.catalogue.targets
+    return torch.stack([cell[:, t.start : t.stop].sum() / len(logits) for t in targets])
 
 
 class JointTraining:
@@ -167,13 +169,14 @@ class JointTraining:
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
         y, weight, features = self.store.batch(rows)
-        mean = 1.0 / (len(rows) * len(head.catalogue.targets))
+        panel = self.store.panel
+        mean = 1.0 / (len(rows) * (self.store.n_asked or len(head.catalogue.targets)))
         weight *= np.float32(self.coef * mean)
         place = None if real is None else torch.as_tensor(real.nonzero()[0], device=output.device)
         read = [latent[:n] if place is None else latent.detach()[place] for latent in latents]
-        d_latents, d_flat = head.gradients(read, features, y, weight)
+        d_latents, d_flat = head.gradients(read, features, y, weight, panel)
         if self.n_passes % self.LOG_EVERY == 0:
-            self.losses.append(self._losses(read, head, features, y, weight / np.float32(self.coef * mean)))
+            self.losses.append(self._losses(read, head, features, y, weight / np.float32(self.coef * mean), panel))
         if self.remember is not None and (more := self.remember(len(rows))) is not None:
             past, (_, features, y, weight) = more
             d_flat += head.gradients(past, features, y, weight * np.float32(self.coef * mean))[1]
@@ -204,7 +207,12 @@ class JointTraining:
     @staticmethod
     @torch.no_grad()
     def _losses(
-        latents: Sequence[torch.Tensor], head: QAHead, features: Floats | None, y: Floats, weight: Floats
+        latents: Sequence[torch.Tensor],
+        head: QAHead,
+        features: Floats | None,
+        y: Floats,
+        weight: Floats,
+        panel: Panel | None,
     ) -> torch.Tensor:
         device = latents[0].device
         about = None if features is None else torch.as_tensor(features, device=device)
@@ -212,8 +220,14 @@ class JointTraining:
         if head.critic_dims:
             n_critics = len(head.critic_dims)
             about, read = torch.cat([about, *read[-n_critics:]], dim=1), read[:-n_critics]  # type: ignore[list-item]
-        logits = head(torch.cat(read, dim=1), about)
-        return question_losses(head, logits.cpu(), torch.as_tensor(y), torch.as_tensor(weight))
+        logits = head(torch.cat(read, dim=1), about, panel)
+        arrays = logits.cpu(), torch.as_tensor(y), torch.as_tensor(weight)
+        if panel is None:
+            return question_losses(head, *arrays)
+        losses = torch.full((len(head.catalogue.targets),), torch.nan)
+        place = {target.start: n for n, target in enumerate(head.catalogue.targets)}
+        losses[[place[target.start] for target in panel.original]] = question_losses(panel, *arrays)
+        return losses
 
     def _clip(
         self,

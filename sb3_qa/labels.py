@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sb3_qa.panel import Panel
 from sb3_qa.questions import Number, Target
 
 __all__ = [
@@ -189,6 +190,10 @@ class LabelStore:
     :param features: (n_rows, n_action_features) of the actions executed, None where no question is about actions
     """
 
+    panel: Panel | None = None
+    """The questions that the last :meth:`batch` was about, where it was not all of them."""
+    n_asked: float | None = None
+    """How many targets a batch is about, on average, where it is not all of them."""
     AHEAD = 2**24  # cells that are worked out once for all minibatches, where there are no more than that
 
     def __init__(

@@ -17,6 +17,7 @@ import itertools
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -25,15 +26,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sb3_qa.errors import QAError
-from sb3_qa.truth import Truth, check_horizon, fact_slots, fields
+from sb3_qa.truth import Table, Truth, check_horizon, fact_slots, fields
 
 __all__ = ["Catalogue", "Choice", "Instance", "Number", "Question", "Target", "YesNo"]
 
 NAME_LENGTH = 24  # "qa/<name>/accuracy" must fit in the 36 characters that SB3's loggers keep of a key
 NUMBER_ATOMS = 32
+UNTAUGHT = -1  # the first column of a target that no columns are trained for
 # Names that are taken: what wrappers tell in info as "qa/<key>" themselves, and the arguments of Question.
 TOLD = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "raw_reward", "shaping_reward", "alarm")
-ARGUMENTS = ("self", "text", "truth", "answer", "name")
+ARGUMENTS = ("self", "text", "truth", "answer", "name", "holdout")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Instance:
         """Whether the answer depends on the action chosen."""
         return self.question.per_action
 
+    @property
+    def taught(self) -> bool:
+        """Whether it takes part in training."""
+        return self.key not in self.question.holdout
+
 
 @dataclass(frozen=True, init=False)
 class Question:
@@ -109,6 +116,9 @@ class Question:
     :param truth: how its truth becomes known, see :mod:`sb3_qa.truth`
     :param answer: ``YesNo()``, ``Choice(...)`` or ``Number(low, high)``; ``steps_until`` needs none
     :param name: key in logs and ``info``, at most 24 letters, digits or ``_-. ``; made from the text if not given
+    :param holdout: instances that are kept out of training, to measure how well they are answered from the words alone: a list
+        of keys or of slot values (``[dict(color="red", kind="ball")]``), or a share of all (horizons of an event are not told
+        apart, as they share a curve), drawn so that every value of every slot stays taught
     :param slots: the values of each slot
     :raises QAError: when anything does not fit, at once
     """
@@ -118,10 +128,18 @@ class Question:
     answer: AnswerKind
     name: str
     slots: Mapping[str, tuple[Any, ...]] = field(hash=False)
+    holdout: frozenset[str] = frozenset()
+    """Keys of the instances that are kept out of training."""
     ACTION: ClassVar[str] = "action"
 
     def __init__(
-        self, text: str, truth: Truth, answer: AnswerKind = _YES_NO, name: str | None = None, **slots: Iterable[Any]
+        self,
+        text: str,
+        truth: Truth,
+        answer: AnswerKind = _YES_NO,
+        name: str | None = None,
+        holdout: float | Sequence[str | Mapping[str, Any]] = (),
+        **slots: Iterable[Any],
     ) -> None:
         if not isinstance(text, str) or not text.strip():
             raise QAError(f"Question got the text {text!r}; expected words; write what is asked")
@@ -144,6 +162,7 @@ class Question:
         object.__setattr__(self, "slots", _check_slots(text, truth, slots, where))
         object.__setattr__(self, "answer", _check_answer(truth, answer, self._longest_horizon(), where))
         self._check_instances(where)
+        object.__setattr__(self, "holdout", held_out(self, holdout, where))
 
     @property
     def per_action(self) -> bool:
@@ -176,7 +195,15 @@ class Question:
             raise QAError(
                 f"{where} got name={self.name!r}, as which wrappers tell 'qa/{self.name}' themselves; expected another; give name=..."
             )
-        if not isinstance(fact, str):
+        if isinstance(fact, Table):
+            for slot in fact.axes:
+                if slot not in self.slots:
+                    raise QAError(
+                        f"{where} got a table over {slot!r}, which is no slot of it; expected one; give {slot}=[...]"
+                    )
+            for instance in self.instances:
+                fact.index(instance.slots)
+        elif not isinstance(fact, str):
             try:
                 inspect.signature(fact).bind(None, **{name: 0 for name in fact_slots(fact) if name in self.slots})
             except TypeError as error:
@@ -209,7 +236,7 @@ class Target:
     """Number of logits."""
     horizon: int | None
     start: int
-    """First logit in the head's columns; the targets about actions come last."""
+    """First logit in the head's columns; the targets about actions come last. ``UNTAUGHT`` where it has none."""
 
     @property
     def stop(self) -> int:
@@ -238,7 +265,11 @@ class Catalogue:
                     f"questions got the name {name!r} {names.count(name)} times; expected each once; give name=..."
                 )
         self.questions = tuple(questions)
-        self.instances: dict[str, Instance] = {i.key: i for question in questions for i in question.instances}
+        every = [instance for question in questions for instance in question.instances]
+        self.instances: dict[str, Instance] = {i.key: i for i in every if i.taught}
+        """What is taught, by key."""
+        self.held_out: dict[str, Instance] = {i.key: i for i in every if not i.taught}
+        """What is kept out of training."""
         self.targets: list[Target] = []
         self.target_of: dict[str, Target] = {}
         self._make_targets()
@@ -273,14 +304,33 @@ class Catalogue:
             self.targets.append(target)
             self.target_of.update({instance.key: target for instance in instances})
             start += width
+        taught = {id_: self.target_of[instances[0].key] for id_, instances in members.items()}
+        for instance in self.held_out.values():
+            self.target_of[instance.key] = self._target_beside(instance, taught.get(_target_id(instance)))
+
+    def _target_beside(self, instance: Instance, taught: Target | None) -> Target:
+        """The target of an instance that is not taught: the curve of a taught one that is as long, or one of its own."""
+        if taught is not None and (instance.horizon or 0) <= taught.width:
+            return taught
+        kind, width = _kind_and_width(instance, instance.horizon or 0)
+        return Target(instance.question, instance.slots, kind, width, instance.horizon, UNTAUGHT)
+
+    def target_for(self, instance: Instance) -> Target:
+        """The target of an instance, also of one with other values in its slots than any that was listed."""
+        known = self.target_of.get(instance.key)
+        if known is not None:
+            return known
+        id_ = _target_id(instance)
+        taught = next((self.target_of[i.key] for i in self.instances.values() if _target_id(i) == id_), None)
+        return self._target_beside(instance, taught)
 
     def find(self, key: str) -> Instance:
-        """Return the instance of that key.
+        """Return the instance of that key, taught or held out.
 
         :raises QAError: naming the nearest keys, if there is none
         """
-        if key in self.instances:
-            return self.instances[key]
+        if key in self.instances or key in self.held_out:
+            return self.instances.get(key) or self.held_out[key]
         raise QAError(
             f"there is no question {key!r}; expected one of {nearest(key, self.instances)}; ask by an instance's key or its text"
         )
@@ -292,6 +342,49 @@ def nearest(word: str, known: Iterable[str], most: int = 6) -> str:
     close = difflib.get_close_matches(word, known, n=most, cutoff=0.3) or known[:most]
     rest = f" (and {len(known) - len(close)} more)" if len(known) > len(close) else ""
     return ", ".join(repr(name) for name in close) + rest
+
+
+def held_out(question: Question, holdout: Any, where: str) -> frozenset[str]:
+    """Keys of the instances that ``holdout`` names, see :class:`Question`."""
+    instances = question.instances
+    if isinstance(holdout, Real) and not isinstance(holdout, bool):
+        if not 0.0 <= float(holdout) < 1.0:
+            raise QAError(f"{where} got holdout={holdout!r}; expected a share in [0, 1); give e.g. holdout=0.2")
+        return _drawn(instances, float(holdout)) if holdout else frozenset()
+    if isinstance(holdout, (str, bytes)) or not isinstance(holdout, Iterable):
+        raise QAError(f"{where} got holdout={holdout!r}; expected a share, or a list of keys; give e.g. holdout=0.2")
+    keys: set[str] = set()
+    for item in holdout:
+        if isinstance(item, Mapping):
+            found = {i.key for i in instances if all(i.slots.get(s) == v for s, v in item.items()) and item}
+        else:
+            found = {i.key for i in instances if i.key == item}
+        if not found:
+            raise QAError(
+                f"{where} got holdout with {item!r}; expected keys of its instances, or values of its slots; "
+                f"nearest are {nearest(str(item), [i.key for i in instances])}"
+            )
+        keys |= found
+    if len(keys) == len(instances):
+        raise QAError(f"{where} got a holdout of all its instances; expected some to be taught; leave one out of it")
+    return frozenset(keys)
+
+
+def _drawn(instances: Sequence[Instance], share: float) -> frozenset[str]:
+    members: dict[Any, list[Instance]] = {}
+    for instance in instances:
+        members.setdefault(_target_id(instance), []).append(instance)
+    groups = list(members.values())
+    wanted = round(share * len(groups))
+    left = Counter(value for group in groups for value in group[0].slots.items())
+    keys: list[str] = []
+    for n in np.random.default_rng(len(groups)).permutation(len(groups)):
+        values = list(groups[n][0].slots.items())
+        if wanted and all(left[value] > 1 for value in values):
+            left.subtract(values)
+            keys += [instance.key for instance in groups[n]]
+            wanted -= 1
+    return frozenset(keys)
 
 
 def _plain(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactOf
+from sb3_qa.language import EmbeddingEncoder, StoredEmbeddings
 from sb3_qa.policies import QAPolicyMixin, algorithms, qa_policy, stock_policies
 from sb3_qa.question_file import fact_of_data
 from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
@@ -66,7 +67,11 @@ def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None
         "observation_space": _space_to_json(policy.observation_space),
         "action_space": _space_to_json(policy.action_space),
         "questions": [_question_to_json(question) for question in answerer.catalogue.questions],
-        "qa": {key: policy.qa_kwargs[key] for key in ("qa_net_arch", "qa_encoder", "qa_readouts")},
+        "qa": {
+            "qa_net_arch": policy.qa_kwargs["qa_net_arch"],
+            "qa_encoder": _encoder_to_json(policy),
+            "qa_readouts": policy.qa_kwargs["qa_readouts"],
+        },
         "action_names": answerer.action_names,
         "normalized": answerer.normalized,
     }
@@ -92,6 +97,9 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
 
     description, weights = _read(path)
     try:
+        stored = description["qa"].get("qa_encoder")
+        if isinstance(stored, dict):  # a model of sentences, which need not be here; what it gave is in the weights
+            description["qa"]["qa_encoder"] = StoredEmbeddings(stored["width"], stored["model"])
         known = {_name_of(cls): cls for cls in (*_KNOWN, *classes)}
         arguments = {key: _value_from_json(value, known, path) for key, value in description["arguments"].items()}
         base = _lookup(description["policy"], known, path)
@@ -123,6 +131,15 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
     for parameter in policy.state_dict(keep_vars=True).values():
         parameter.requires_grad_(False)
     return QuestionAnswerer(policy, description["action_names"], description["normalized"])
+
+
+def _encoder_to_json(policy: Any) -> Any:
+    """The encoder's name; for one that embeds texts, how wide, and where another text is to be embedded."""
+    words = getattr(policy.qa_head, "words", None)
+    if not isinstance(words, EmbeddingEncoder):
+        return policy.qa_kwargs["qa_encoder"]
+    model = "sentence" if policy.qa_kwargs["qa_encoder"] == "sentence" else getattr(words.embed, "model", None)
+    return {"width": words.table.shape[1], "model": model}
 
 
 def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -271,6 +288,7 @@ def _question_to_json(question: Question) -> dict[str, Any]:
         "name": question.name,
         "slots": {name: list(values) for name, values in question.slots.items()},
         "answer": kind,
+        **({"holdout": sorted(question.holdout)} if question.holdout else {}),
         "truth": {"operator": truth.operator, "fact": fact, "horizon": truth.horizon, "discount": truth.discount},
     }
 
@@ -285,7 +303,7 @@ def _question_from_json(data: dict[str, Any]) -> Question:
     truth = dict(data["truth"])
     if not isinstance(truth["fact"], str):
         truth["fact"] = fact_of_data(truth["fact"], f"question {data['name']!r}")
-    return Question(data["text"], Truth(**truth), answer, data["name"], **data["slots"])
+    return Question(data["text"], Truth(**truth), answer, data["name"], data.get("holdout", ()), **data["slots"])
 
 
 def _space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:

@@ -11,15 +11,31 @@ from __future__ import annotations
 import inspect
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sb3_qa.errors import QAError
 
-__all__ = ["Fact", "Step", "Truth", "after", "always", "eventually", "lowest", "now", "peak", "steps_until", "total"]
+__all__ = [
+    "Fact",
+    "Step",
+    "Table",
+    "Truth",
+    "after",
+    "always",
+    "eventually",
+    "lowest",
+    "now",
+    "peak",
+    "steps_until",
+    "table",
+    "total",
+]
 
 
 class Step(NamedTuple):
@@ -37,6 +53,50 @@ class Step(NamedTuple):
     terminated: bool
     truncated: bool
     info: Mapping[str, Any]
+
+
+class Table:
+    """Facts of all slot values at once: an array with an axis for each slot. Made by :func:`table`."""
+
+    def __init__(self, source: str | Callable[[Step], Any], axes: Mapping[str, Sequence[Any]]) -> None:
+        self.source = source
+        self.axes = {slot: tuple(values) for slot, values in axes.items()}
+        self.shape = tuple(len(values) for values in self.axes.values())
+        self._places = {slot: {value: n for n, value in enumerate(values)} for slot, values in self.axes.items()}
+
+    def index(self, slots: Mapping[str, Any]) -> int:
+        """Where the fact of these slot values stands in the flattened array."""
+        place = 0
+        for slot, size in zip(self.axes, self.shape, strict=True):
+            if slots[slot] not in self._places[slot]:
+                raise QAError(
+                    f"table() got the slot {slot}={slots[slot]!r}; expected one of {list(self.axes[slot])}; list it in table()"
+                )
+            place = place * size + self._places[slot][slots[slot]]
+        return place
+
+    def read(self, step: Step) -> Any:
+        """The array of a step, flattened: (n_facts,)."""
+        if not isinstance(self.source, str):
+            values = np.asarray(self.source(step))
+        elif self.source not in step.info:
+            return None
+        else:
+            values = np.asarray(step.info[self.source])
+        if values.shape != self.shape or values.dtype.kind not in "biuf":
+            raise QAError(
+                f"table({self.source!r}) got an array of shape {values.shape}, {values.dtype}; expected numbers of shape {self.shape}, "
+                f"an axis for each of {list(self.axes)}; mend what is told"
+            )
+        return values.ravel()
+
+    def __call__(self, step: Step, **slots: Any) -> Any:
+        """The fact of one combination of slot values, None where it is not told."""
+        values = self.read(step)
+        return None if values is None else values[self.index(slots)].item()
+
+    def __repr__(self) -> str:
+        return f"table({self.source!r}, {', '.join(f'{slot}={list(values)!r}' for slot, values in self.axes.items())})"
 
 
 Fact = str | Callable[..., Any]
@@ -125,6 +185,30 @@ def lowest(fact: Fact, *, over: int | str) -> Truth:
     return _truth("lowest", fact, over, "over")
 
 
+def table(source: str | Callable[[Step], Any], **axes: Sequence[Any]) -> Table:
+    """A fact of many slot values, told as one array: thousands of questions cost a look-up each, and not a call.
+
+    >>> near = table("near", color=["red", "green"], kind=["ball", "key"])
+    >>> near.index(dict(color="green", kind="ball"))
+    2
+
+    :param source: the ``info`` key of an array with an axis for each slot, or a callable of a :class:`Step` that returns one
+    :param axes: for each slot, in the order of the array's axes, the values along it
+    """
+    if not (callable(source) or (isinstance(source, str) and source)):
+        raise QAError(
+            f"table() got {source!r}; expected an info key or a callable of a Step; give e.g. table('near', ...)"
+        )
+    for slot, values in axes.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+            raise QAError(f"table() got {slot}={values!r}; expected the values along that axis; list them")
+        if len(set(values)) < len(values):
+            raise QAError(f"table() got {slot}={values!r}; expected each value once; drop the second")
+    if not axes:
+        raise QAError("table() got no axes; expected a slot for each axis of the array; give e.g. color=COLORS")
+    return Table(source, axes)
+
+
 def _truth(operator: str, fact: Fact, horizon: int | str | None = None, word: str = "", discount: float = 1.0) -> Truth:
     if not (callable(fact) or (isinstance(fact, str) and fact)):
         raise QAError(
@@ -176,6 +260,8 @@ def fact_slots(fact: Fact) -> list[str]:
     """Names of the slots that a fact can take: in the braces of an info key, or a callable's arguments after the step."""
     if isinstance(fact, str):
         return fields(fact, "a fact")
+    if isinstance(fact, Table):
+        return list(fact.axes)
     try:
         arguments = list(inspect.signature(fact).parameters.values())
     except (TypeError, ValueError):  # a builtin

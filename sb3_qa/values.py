@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa.head import decode
-from sb3_qa.questions import Catalogue
+from sb3_qa.questions import UNTAUGHT, Catalogue
 
 if TYPE_CHECKING:
     from sb3_qa.answerer import Reading
+    from sb3_qa.head import QAHead
 
 __all__ = ["PointValues"]
 
@@ -24,19 +25,27 @@ class PointValues:
 
     :param catalogue: the questions
     :param keys: instances, in the order of the columns returned
+    :param head: who answers; where it has many more questions, it is only asked these
     :raises QAError: for a key that is not there
     """
 
-    def __init__(self, catalogue: Catalogue, keys: Sequence[str]) -> None:
+    def __init__(self, catalogue: Catalogue, keys: Sequence[str], head: QAHead | None = None) -> None:
         instances = [catalogue.find(key) for key in keys]
         self.keys = list(keys)
-        self.n_state = catalogue.n_state_logits
+        target_of = {instance.key: catalogue.target_for(instance) for instance in instances}
+        self.n_state, self.panel = catalogue.n_state_logits, None
+        untaught = any(target.start == UNTAUGHT for target in target_of.values())
+        if head is not None and instances and (head.by_panels or untaught):
+            self.panel = head.panel(list({id(target): target for target in target_of.values()}.values()))
+            self.n_state = self.panel.n_state
+            mine = {id(o): t for o, t in zip(self.panel.original, self.panel.targets, strict=True)}
+            target_of = {key: mine[id(target)] for key, target in target_of.items()}
         self.about_action = np.array([instance.per_action for instance in instances], bool)
         self.any_state, self.any_action = not self.about_action.all(), bool(self.about_action.any())
         # Sigmoids: 1 - prod(1 - h) over a run of columns, of which a plain yes/no has one.
         runs, self._rest = [], []
         for column, instance in enumerate(instances):
-            target, operator = catalogue.target_of[instance.key], instance.question.truth.operator
+            target, operator = target_of[instance.key], instance.question.truth.operator
             if target.kind == "yesno" or (target.kind == "event" and operator != "steps_until"):
                 length = instance.horizon if target.kind == "event" else 1
                 assert length is not None
@@ -49,14 +58,14 @@ class PointValues:
 
     def of_states(self, reading: Reading) -> Floats:
         """(n, n_keys), when all are about states: asked of the states read."""
-        return self._read(reading.state_logits())
+        return self._read(reading.state_logits(self.panel))
 
     def of_actions(self, reading: Reading, actions: NDArray[Any] | None = None) -> Floats:
         """(n, n_keys), when all are about actions: asked of these in the states read.
 
         For candidates (n, m, *action_shape), or None for all of a discrete space: (n, m, n_keys).
         """
-        logits = reading.action_logits(actions)
+        logits = reading.action_logits(actions, self.panel)
         blank = np.zeros((*logits.shape[:-1], self.n_state), np.float32)
         return self._read(np.concatenate([blank, logits], axis=-1))
 
@@ -84,7 +93,7 @@ class PointValues:
         if not self.any_state:
             return self.of_actions(before, actions)
         assert actions is not None
-        return self._read(before.step_logits(actions, after))
+        return self._read(before.step_logits(actions, after, self.panel))
 
     def _read(self, logits: Floats) -> Floats:
         if len(self._columns):

@@ -47,7 +47,8 @@ class AnswerRule(Rule):
         self._info_keys: list[str] = []
 
     def bind(self, qa: QuestionAnswerer) -> None:
-        unknown = [key for key in self.questions or [] if key not in qa.questions]
+        known = {*qa.catalogue.instances, *qa.catalogue.held_out}
+        unknown = [key for key in self.questions or [] if key not in known]
         if unknown:
             raise QAError(
                 f"{self.name} got an answerer that was not taught {', '.join(map(repr, unknown))}; there is no question {unknown[0]!r}; "

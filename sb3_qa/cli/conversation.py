@@ -171,9 +171,9 @@ class Conversation:
                 self._answer(instance.key)
             return
         answer = self._ask(question)
-        understood = getattr(answer, "understood_as", None)
-        if understood and understood not in (question, question.strip("?")):
-            self.console.print(f"understood as: {understood}", style="italic", markup=False)
+        if answer.familiarity < 1.0:
+            taken = f"understood as {answer.understood_as}, familiarity {answer.familiarity:.2f}"
+            self.console.print(taken, style="italic", markup=False)
         table = Table(box=None, show_header=False, pad_edge=False)
         for label, text in self._rows(answer):
             table.add_row(Text(label), text)

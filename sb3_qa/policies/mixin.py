@@ -15,8 +15,9 @@ from torch import nn
 from sb3_qa.critics import TARGETS, Critics
 from sb3_qa.errors import QAError
 from sb3_qa.facts import check_facts
-from sb3_qa.head import QAHead
+from sb3_qa.head import MOST_LOGITS, QAHead
 from sb3_qa.joint import JointTraining
+from sb3_qa.language import make_head
 from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue
@@ -35,7 +36,11 @@ class QAPolicyMixin:
     :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off
     :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint) to 0 (the head only listens)
     :param qa_net_arch: widths of the head's own layers
-    :param qa_encoder: how the head's rows are made from questions: "index"
+    :param qa_encoder: how the head's rows are made from questions: "index" (each instance has its own), "text" (from its words, by a
+        small network that learns with the agent), "sentence" (by a pretrained model of sentences, frozen, and a learnt
+        projection), or a callable of your own from a list of texts to a tensor (n_texts, width), in place of that model
+    :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
+        drawn at random, where there are more; with a rollout buffer
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -52,7 +57,8 @@ class QAPolicyMixin:
         qa_coef: float = 0.5,
         qa_trunk_gradient: float = 1.0,
         qa_net_arch: Sequence[int] = (32,),
-        qa_encoder: str = "index",
+        qa_encoder: str | Callable[[list[str]], Any] = "index",
+        qa_sample: int = 64,
         action_names: Sequence[str] | None = None,
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
@@ -64,6 +70,7 @@ class QAPolicyMixin:
         questions = load_questions(questions)
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
+        _check_number("qa_sample", qa_sample, 1, float("inf"))
         catalogue = Catalogue(questions)
         _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
@@ -74,21 +81,23 @@ class QAPolicyMixin:
             qa_trunk_gradient=qa_trunk_gradient,
             qa_net_arch=list(qa_net_arch),
             qa_encoder=qa_encoder,
+            qa_sample=int(qa_sample),
             action_names=None if action_names is None else list(action_names),
             qa_readouts=None if qa_readouts is None else list(qa_readouts),
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
         self.qa_taps = Taps(self, qa_readouts)  # type: ignore[arg-type]
         self.qa_critics: Critics | None = None
-        if qa_readouts is None and catalogue.n_state_logits < catalogue.n_logits:  # what they know is about an action
+        few = isinstance(qa_encoder, str) and qa_encoder == "index" and catalogue.n_logits <= MOST_LOGITS
+        if qa_readouts is None and few and catalogue.n_state_logits < catalogue.n_logits:  # they know about actions
             self.qa_critics = Critics(self) or None  # type: ignore[arg-type]
         seed = torch.initial_seed() % 2**63  # what the agent was seeded with, without drawing from its stream
-        self.qa_head = QAHead(
+        self.qa_head = make_head(
+            qa_encoder,
             catalogue,
             self.qa_taps.latent_dim,
             self.action_space,
             list(qa_net_arch),
-            qa_encoder,
             seed,
             self.qa_critics.dims if self.qa_critics else (),
         )
