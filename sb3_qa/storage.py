@@ -55,10 +55,7 @@ _KNOWN: tuple[type, ...] = (
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
     policy = answerer.policy
-    state = {  # of compiled parts, and of the head once
-        name.replace("_orig_mod.", ""): tensor for name, tensor in policy.state_dict().items() if not _again(name)
-    }
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(policy).items()}
     description: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -118,8 +115,11 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
                 **description["qa"],
                 **arguments,
             )
-        again = {name: f"qa_head.{name.rpartition('.')[2]}" for name in policy.state_dict() if _again(name)}
-        policy.load_state_dict({**weights, **{name: weights[source] for name, source in again.items()}})
+        own = {name: tensor for name, tensor in weights.items() if not _is_of_head(name)}
+        heads = {
+            name: weights[f"qa_head.{name.rpartition('.')[2]}"] for name in policy.state_dict() if _is_of_head(name)
+        }
+        policy.load_state_dict({**own, **heads})
     except QAError:
         raise
     except Exception as error:
@@ -174,9 +174,14 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
     return description, weights
 
 
-def _again(name: str) -> bool:
-    """Whether a weight is the head's once more, as part of a network that has a target, or a target's."""
-    return ".qa_head." in name
+def _state(policy: Any) -> dict[str, torch.Tensor]:
+    """All weights by name: those of the head as ``qa_head.``, wherever it is kept, and no target's."""
+    own = {name.replace("_orig_mod.", ""): x for name, x in policy.state_dict().items() if not _is_of_head(name)}
+    return own | {f"qa_head.{name}": x for name, x in policy.qa_head.state_dict().items()}
+
+
+def _is_of_head(name: str) -> bool:
+    return ".qa_head." in f".{name}"
 
 
 def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:
@@ -190,7 +195,8 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor])
 
 def weights_digest(policy: torch.nn.Module) -> str:
     """SHA-256 over a policy's weights, its head's among them: the same live, frozen, saved, and on every device."""
-    return _digest({}, {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()})
+    state = _state(policy) if hasattr(policy, "qa_head") else policy.state_dict()
+    return _digest({}, {name: tensor.detach().cpu() for name, tensor in state.items()})
 
 
 def questions_digest(answerer: QuestionAnswerer) -> str:

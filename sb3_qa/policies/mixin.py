@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -24,6 +24,8 @@ from sb3_qa.questions import Catalogue
 from sb3_qa.taps import Taps, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class QAPolicyMixin:
@@ -106,7 +108,10 @@ class QAPolicyMixin:
         """Names of the network that carries the head and of its target, which carries a target head."""
         if self.qa_target is not None:
             live, target = (getattr(self, name) for name in self.qa_target)
-            live.qa_head, target.qa_head = self.qa_head, self.qa_head.target()
+            head = self.qa_head
+            live.qa_head, target.qa_head = head, head.target()
+            del self.qa_head  # as a part of the policy itself: each weight has one name in its state
+            object.__setattr__(self, "qa_head", head)
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
 
@@ -184,7 +189,16 @@ def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> I
                 yield from _parameters_of(child, seen)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] # a compiled network pauses here: labels are no part of its graph
+def _outside_of_graphs(hook: T) -> T:
+    """A compiled network pauses at this hook: labels are no part of its graph.
+
+    It is marked as by ``torch.compiler.disable``, which would bring the compiler in: a second and 70 MB for everybody.
+    """
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return hook
+
+
+@_outside_of_graphs
 def _tapped(
     policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor | None:
@@ -201,7 +215,7 @@ def _tapped(
     return None if latents is None else joint.join(output, latents, policy.qa_head, policy.parameters)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside_of_graphs
 def _tapped_actor(
     policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> None:
@@ -215,7 +229,7 @@ def _tapped_actor(
             joint.pay(args[0])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside_of_graphs
 def _tapped_critic(
     policy: Any, index: int, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor | None:
