@@ -393,3 +393,20 @@ def test_drawing_actions_leaves_the_stream_of_the_device_as_it_was(monkeypatch: 
     with pytest.raises(Kept):
         reading.sampled(3, seed=1)
     assert kept == [([torch.device("cuda", 1)], "cuda")]
+
+
+@pytest.mark.parametrize("algorithm, name", [(DQN, "q_net"), (QRDQN, "quantile_net"), (TD3, "actor"), (SAC, "actor")])
+def test_a_network_is_saved_and_loaded_by_itself_as_what_it_was(algorithm: Any, name: str, tmp_path: Path) -> None:
+    model = taught(algorithm).learn(64, callback=QACallback())
+    network = getattr(model.policy, name)
+    head = model.policy.qa_head.flat.detach().clone()
+    network.save(tmp_path / "network.pth")
+    loaded = type(network).load(tmp_path / "network.pth")
+    obs = np.zeros((3, 3), np.float32)
+    np.testing.assert_array_equal(
+        loaded.predict(obs, deterministic=True)[0], network.predict(obs, deterministic=True)[0]
+    )
+    weights = {key: value + 1.0 for key, value in loaded.state_dict().items()}
+    network.load_state_dict(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert torch.equal(model.policy.qa_head.flat, head)

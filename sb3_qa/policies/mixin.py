@@ -56,7 +56,7 @@ class QAPolicyMixin:
         self,
         *args: Any,
         questions: QuestionSource | None = None,
-        qa_coef: float = 0.5,
+        qa_coef: float = 0.1,
         qa_trunk_gradient: float = 1.0,
         qa_net_arch: Sequence[int] = (32,),
         qa_encoder: str | Callable[[list[str]], Any] = "index",
@@ -112,6 +112,9 @@ class QAPolicyMixin:
             live.qa_head, target.qa_head = head, head.target()
             del self.qa_head  # as a part of the policy itself: each weight has one name in its state
             object.__setattr__(self, "qa_head", head)
+            for network in (live, target):  # which by itself is saved and loaded as what it was
+                network._register_state_dict_hook(_without_head)
+                network.register_load_state_dict_pre_hook(_with_own_head)
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
 
@@ -187,6 +190,20 @@ def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> I
         for child in module._modules.values():
             if child is not None and not isinstance(child, QAHead):
                 yield from _parameters_of(child, seen)
+
+
+def _without_head(network: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave the head out of the state of a network that is asked for its own, as ``q_net.save()`` does."""
+    if not prefix:
+        for name in [name for name in state if name.startswith("qa_head.")]:
+            del state[name]
+
+
+def _with_own_head(network: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Such a state leaves the head as it is."""
+    if not prefix:
+        for name, tensor in network.qa_head.state_dict().items():
+            state.setdefault(f"qa_head.{name}", tensor)
 
 
 def _outside_of_graphs(hook: T) -> T:
