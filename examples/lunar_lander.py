@@ -139,6 +139,10 @@ def make(**options) -> gym.Env:
     return HoldAction(env)
 
 
+# By name, for the command line: python -m sb3_qa ask outputs/lunar_lander/lander.qa --env lunar_lander:FourFrameLander-v0
+gym.register("FourFrameLander-v0", entry_point=make)
+
+
 # --- Training: PPO as ever, with a policy that has questions and a callback that teaches them ----------------------------
 def train(args: Args) -> PPO:
     model = PPO(

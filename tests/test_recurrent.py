@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -643,15 +642,6 @@ def test_a_policy_of_the_users_own_is_read_through_its_own_pass() -> None:
     expected, _ = own_pass(model.policy, obs, RNNStates((zeros, zeros), (zeros, zeros)), np.ones(3))
     for mine, theirs in zip(model.policy.qa_taps.recall(model.policy, obs, memory)[0], expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-
-
-def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "recurrent.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "recurrent"}
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)):
-        exec(compile(block, f"recurrent.md block {number + 1}", "exec"), namespace)
-    assert (tmp_path / "pole.qa").exists()
 
 
 class Cued(gym.Env[Any, Any]):

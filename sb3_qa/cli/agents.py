@@ -157,7 +157,9 @@ def as_seen_by(agent: Agent, env: VecEnv) -> VecEnv:
 def _render_mode(name: str) -> str | None:
     """Text where the environment can show itself so, else frames."""
     try:
-        modes = getattr(gym.spec(name).entry_point, "metadata", None) or gym.make(name).metadata
+        env = gym.make(name)
     except Exception:  # gym.make says it better, later
         return None
-    return next((mode for mode in ("ansi", "rgb_array") if mode in modes.get("render_modes", [])), None)
+    modes = env.metadata.get("render_modes", [])
+    env.close()
+    return next((mode for mode in ("ansi", "rgb_array") if mode in modes), None)

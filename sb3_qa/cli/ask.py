@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     """Hold the conversation; ends with the input."""
     args = tyro.cli(Args, args=list(argv), prog="python -m sb3_qa ask")
     agent = load_agent(args.model, args.algorithm)
-    env = make_env(args.env, args.env_kwargs, frame_stack=args.frame_stack, normalize=args.normalize, render=args.show)
+    env = make_env(args.env, args.env_kwargs, frame_stack=args.frame_stack, normalize=args.normalize)
     env = as_seen_by(agent, env)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     talk = Conversation(agent, env, console, deterministic=not args.sample, show=args.show, width=args.width)

@@ -213,13 +213,15 @@ class Conversation:
                 "the answerer was taught no questions about actions; expected some with {action} in their text; ask about the state instead"
             )
         own = self.agent.act(self.obs, self.memory, deterministic=True)[0]
-        self._table({self._name(action): action, f"{self._name(own)} (the agent's choice)": own}, about)
+        same = np.array_equal(action, own)
+        mine = {f"{self._name(own)} (the agent's choice)": own}
+        self._table(mine if same else {self._name(action): action} | mine, about)
 
     def _table(self, actions: dict[str, Any], questions: list[str]) -> None:
         table = Table(box=None, pad_edge=False)
         table.add_column("")
         for name in actions:
-            table.add_column(f"if I choose {name}")
+            table.add_column(f"if I choose\n{name}", no_wrap=True)
         for question in questions:
             answers = [self._ask(question, np.asarray(action)[None]) for action in actions.values()]
             table.add_row(Text(question), *[Text("\n").join(in_words(_part(answer, (0,)))) for answer in answers])
