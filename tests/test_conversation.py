@@ -93,7 +93,7 @@ def test_answers_are_the_answerers(files: Path, name: str) -> None:
 
 def test_what_if_compares_an_action_with_the_agents_own(files: Path) -> None:
     said = talk(files / "cart.qa", "what if I choose push right?")
-    assert "if I choose push right" in said and "(the agent's" in said
+    assert "if I choose" in said and "push right" in said and "(the agent's choice)" in said
     assert "fall[k=2]" in said and "fall[k=10]" in said and "lean" not in said
     said = talk(
         files / "cart.qa", "What would happen if I push right: Will I fall within 2 steps if I choose {action}?"
