@@ -248,6 +248,7 @@ def test_a_target_answerer_answers_by_target_networks_and_follows_them(algorithm
     for name in ("q_net", "quantile_net", "actor", "critic"):
         if hasattr(policy, f"{name}_target"):
             getattr(policy, f"{name}_target").load_state_dict(getattr(policy, name).state_dict())
+    utils.polyak_update(live_net.parameters(), target_net.parameters(), 1.0)  # the head's too
     np.testing.assert_allclose(asked(slow), asked(live), atol=1e-5)  # the same weights give the same answers
     utils.polyak_update([torch.zeros_like(p) for p in live_net.parameters()], target_net.parameters(), 0.5)
     assert not np.allclose(asked(slow), asked(live), atol=1e-3)

@@ -170,6 +170,8 @@ def test_the_gradient_is_that_of_both_losses_added() -> None:
     assert new is not None
 
     class Store:
+        panel = n_asked = None
+
         def batch(self, rows: Any) -> Any:
             return new.y, new.weight.copy(), new.features
 

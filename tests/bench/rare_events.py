@@ -161,7 +161,6 @@ def main() -> None:
             with RESULTS.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
             print(arm, seed, {k: round(v, 4) for k, v in new[-1].items() if isinstance(v, float)}, flush=True)
-    print(table(rows, 0, args.every))
     print(table(rows, args.steps // 2, args.steps))
 
 
