@@ -91,6 +91,15 @@ class Rule:
     def seed(self, seed: int) -> None:
         """Begin again whatever is drawn at random. May be extended."""
 
+    def watch(self, env: Any) -> None:
+        """Look around in the environment that is wrapped, once it is. May be extended.
+
+        :param env: the wrapper itself
+        """
+
+    def close(self) -> None:
+        """The environment is being closed. May be extended."""
+
     def on_bind(self, qa: QuestionAnswerer) -> None:
         """Check the rule's questions against the answerer's. To be extended."""
 
@@ -245,6 +254,11 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         answerer = as_answerer(rule.name, qa)
         if answerer is not None:
             self.bind(answerer)
+        rule.watch(self)
+
+    def close(self) -> None:
+        self.rule.close()
+        super().close()
 
     def bind(self, qa: QuestionAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like this environment's.
@@ -308,6 +322,11 @@ class VecQAWrapper(VecEnvWrapper):
         answerer = as_answerer(rule.name, qa)
         if answerer is not None:
             self.bind(answerer)
+        rule.watch(self)
+
+    def close(self) -> None:
+        self.rule.close()
+        super().close()
 
     def bind(self, qa: QuestionAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like this environment's.

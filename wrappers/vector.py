@@ -72,6 +72,11 @@ class VectorQAWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
         answerer = as_answerer(rule.name, qa)
         if answerer is not None:
             self.bind(answerer)
+        rule.watch(self)
+
+    def close(self, **kwargs: Any) -> None:
+        self.rule.close()
+        super().close(**kwargs)
 
     def bind(self, qa: QuestionAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like these environments'.
@@ -232,13 +237,6 @@ class VetoAction(VectorQAWrapper):
             record=record,
         )
         super().__init__(env, rule, qa)
-        rule.watch(self)
-
-    def close(self, **kwargs: Any) -> None:
-        rule = self.rule
-        assert isinstance(rule, VetoRule)
-        rule.close()
-        super().close(**kwargs)
 
 
 def _copied(obs: Any) -> Any:

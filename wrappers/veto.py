@@ -60,13 +60,6 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
             **more,
         )
         QAWrapper.__init__(self, env, rule, qa)
-        rule.watch(self)
-
-    def close(self) -> None:
-        rule = self.rule
-        assert isinstance(rule, VetoRule)
-        rule.close()
-        super().close()
 
 
 class VecVetoAction(VecQAWrapper):
@@ -138,13 +131,6 @@ class VecVetoAction(VecQAWrapper):
             record=record,
         )
         super().__init__(venv, rule, qa)
-        rule.watch(self)
-
-    def close(self) -> None:
-        rule = self.rule
-        assert isinstance(rule, VetoRule)
-        rule.close()
-        super().close()
 
     @property
     def _masking(self) -> bool:
