@@ -19,6 +19,7 @@ __all__ = [
     "Cuts",
     "EventTimes",
     "LabelStore",
+    "episode_end",
     "event_times",
     "fill_value",
     "find_cuts",
@@ -79,14 +80,10 @@ def event_times(event: Bools, terminated: Bools, truncated: Bools) -> EventTimes
     :param terminated: (n_steps, n_envs)
     :param truncated: (n_steps, n_envs)
     """
-    n_steps = event.shape[0]
-    here = np.arange(n_steps)[:, None]
-    last = np.zeros_like(event)
-    last[-1] = True
-    end = next_index(terminated | truncated | last)
+    here = np.arange(len(event))[:, None]
+    end, ended = episode_end(terminated, truncated)
     first = next_index(event)  # n_steps where none follows
     happens = first <= end
-    ended = np.take_along_axis(terminated, end, axis=0)
     known = np.where(happens, first, end) - here + 1
     return EventTimes(np.where(ended & ~happens, ENDED, known).astype(np.int32), happens)
 
@@ -165,14 +162,22 @@ def next_index(flag: Bools) -> NDArray[np.intp]:
     return np.minimum.accumulate(index[::-1], axis=0)[::-1]
 
 
-def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools, Bools]:
-    """Whether the episode terminates, or is cut, before s_{t+steps} is reached: at one of t .. t+steps-2."""
-    n_steps = terminated.shape[0]
+def episode_end(terminated: Bools, truncated: Bools) -> tuple[NDArray[np.intp], Bools]:
+    """For each decision, the one that its episode ends with in the recording, and whether that is a termination.
+
+    :param terminated: (n_steps, n_envs)
+    :param truncated: (n_steps, n_envs)
+    """
     last = np.zeros_like(terminated)
     last[-1] = True
     end = next_index(terminated | truncated | last)
-    before = end - np.arange(n_steps)[:, None] <= steps - 2
-    ended = np.take_along_axis(terminated, end, axis=0)
+    return end, np.take_along_axis(terminated, end, axis=0)
+
+
+def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools, Bools]:
+    """Whether the episode terminates, or is cut, before s_{t+steps} is reached: at one of t .. t+steps-2."""
+    end, ended = episode_end(terminated, truncated)
+    before = end - np.arange(len(terminated))[:, None] <= steps - 2
     return before & ended, before & ~ended
 
 

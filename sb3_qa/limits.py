@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_qa.labels import next_index
+from sb3_qa.labels import episode_end
 
 __all__ = ["NEVER", "CutAges", "cut_anyway"]
 
@@ -73,9 +73,6 @@ def cut_anyway(terminated: Bools, truncated: Bools, left: Steps, steps: int) -> 
     :param steps: the length of the window
     """
     here = np.arange(len(terminated))[:, None]
-    last = np.zeros_like(terminated)
-    last[-1] = True
-    end = next_index(terminated | truncated | last)
-    ended = np.take_along_axis(terminated, end, axis=0)
+    end, ended = episode_end(terminated, truncated)
     cut = end + np.take_along_axis(left, end, axis=0)
     return ended & (cut <= here + steps - 2)
