@@ -16,7 +16,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Choice, Number, Question, Target, YesNo, nearest
 from sb3_qa.truth import Fact, Step, Table, fact_slots
 
-__all__ = ["COMPARISONS", "FactOf", "FactReader", "check_facts", "needs_steps"]
+__all__ = ["COMPARISONS", "FactOf", "FactReader", "check_facts", "fact_of_slots", "needs_steps"]
 
 COMPARISONS = ("above", "below", "equals")
 
@@ -110,6 +110,14 @@ def check_facts(questions: Iterable[Question], space: spaces.Space[Any]) -> None
             )
 
 
+def fact_of_slots(fact: Fact, slots: Mapping[str, Any]) -> str | Callable[[Step], Any]:
+    """The fact of these slot values: the key of an info, or a callable of a :class:`Step` alone."""
+    given = {name: slots[name] for name in fact_slots(fact) if name in slots}
+    if isinstance(fact, str):
+        return fact.format(**given)
+    return (lambda step: fact(step, **given)) if given else fact
+
+
 class Signal:
     """One fact of one question, as a float: 0/1, the index of an option, or a number; nan where it is not there."""
 
@@ -124,12 +132,12 @@ class Signal:
         self.table = self.fact if isinstance(self.fact, Table) else None
         self.place = 0 if self.table is None else self.table.index(target.slots)
         slots = {name: target.slots[name] for name in fact_slots(self.fact) if name in target.slots}
-        if self.table is not None:
-            pass
-        elif isinstance(self.fact, str):
-            self.key = self.fact.format(**slots)
-        else:
-            self.call = (lambda step, fact=self.fact, slots=slots: fact(step, **slots)) if slots else self.fact
+        if self.table is None:
+            bound = fact_of_slots(self.fact, slots)
+            if isinstance(bound, str):
+                self.key = bound
+            else:
+                self.call = bound
         self.identity = (
             (self.key or (id(self.fact), *map(repr, slots.items())), self.answer)
             if self.table is None

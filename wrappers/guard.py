@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
+from sb3_qa.facts import fact_of_slots
 from sb3_qa.monitor import MissMonitor
 from sb3_qa.wrappers.shell import Arrival
 
@@ -80,8 +81,8 @@ class Guard:
         self._checked = None
         self.check(qa)
         instance = qa.catalogue.find(self.certificate.question)
-        fact = instance.question.truth.fact
-        self._fact = fact.format(**instance.slots) if isinstance(fact, str) else None
+        fact = fact_of_slots(instance.question.truth.fact, instance.slots)
+        self._fact = fact if isinstance(fact, str) else None
 
     def check(self, qa: QuestionAnswerer | None) -> None:
         """The same again, if the weights may have changed since: a live answerer learns on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import observation_normalizer
-from sb3_qa.truth import Step, fact_slots
+from sb3_qa.facts import fact_of_slots
+from sb3_qa.truth import Step
 from sb3_qa.wrappers.shell import Arrival, row
 
 __all__ = ["Fact", "Ring", "by_name", "environments_in", "frames_of", "seed_of"]
@@ -64,27 +65,23 @@ class Fact:
     def __init__(self, name: str, fact: Any, slots: Any) -> None:
         self.name, self._seen = name, False
         self._none: Bools = np.zeros(0, np.bool_)
-        self._key: str = fact.format(**slots) if isinstance(fact, str) else ""
-        self._call: Callable[[Step], Any] | None = None
-        if not isinstance(fact, str):
-            given = {slot: slots[slot] for slot in fact_slots(fact) if slot in slots}
-            self._call = (lambda step: fact(step, **given)) if given else fact
+        self._fact = fact_of_slots(fact, slots)
 
     def of(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> Bools | None:
         """(n,), or None if it cannot be known: a key that has not been there once, or a callable that fails.
 
         The facts of an answerer from a file that were callables are names in no ``info``.
         """
-        if self._call is None:
-            key = self._key
-            values = [info.get(key) for info in arrival.infos]
+        fact = self._fact
+        if isinstance(fact, str):
+            values = [info.get(fact) for info in arrival.infos]
             if not self._seen:
                 self._seen = any(value is not None for value in values)
                 if not self._seen:
                     return None
             return np.array([bool(value) for value in values]) if any(values) else self.nowhere(len(values))
         try:
-            return np.array([bool(self._call(step)) for step in self._steps(arrival, executed, env)])
+            return np.array([bool(fact(step)) for step in self._steps(arrival, executed, env)])
         except Exception as error:
             if not self._seen:
                 self._seen = True
