@@ -191,6 +191,16 @@ class QAHead(nn.Module):
             average.lerp_(flat, share)
         self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
 
+    def _follow_by_hand(self) -> None:
+        """Let the weights that answer be those that learn, where these were not written by an optimiser."""
+        flat = self.flat
+        if self.of_target:  # moved by polyak_update(), which leaves the version as it was
+            self.average.copy_(flat.detach())
+            self._answering = None
+        elif self._followed != flat._version:
+            self.average.copy_(flat.detach())
+            self._followed = flat._version
+
     def target(self) -> QAHead:
         """The head of a target network: a copy that answers by :attr:`flat`, which the algorithm moves with that network."""
         shared = [self.catalogue, getattr(self, "words", None)]  # a sentence model is large
@@ -213,13 +223,8 @@ class QAHead(nn.Module):
 
     def _that_answer(self) -> _Answering:
         """The weights that answer: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
+        self._follow_by_hand()
         flat, average = self.flat, self.average
-        if self.of_target:  # moved by polyak_update(), which leaves the version as it was
-            average.copy_(flat.detach())
-            self._answering = None
-        elif self._followed != flat._version:  # written by hand, not by an optimiser
-            average.copy_(flat.detach())
-            self._followed = flat._version
         key = average.data_ptr() if average.is_cpu else flat._version + average._version  # either may be loaded alone
         if self._answering is None or self._answering[0] != key:
             w, n = self.weights(average.cpu().numpy()), self.n_state
@@ -485,11 +490,6 @@ class QAHead(nn.Module):
             of_critics = [w.action[start : stop or None] for start, stop in itertools.pairwise(stops)]
             d_latents = [*d_latents, *(form.d_actions @ each.T for each in of_critics)]
         return d_latents, d_flat
-
-
-def _share(n_updates: int) -> float:
-    """Of the newest weights in the average."""
-    return max(10.0 / (10.0 + n_updates), 1.0 / LONGEST_AVERAGE)
 
 
 def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:

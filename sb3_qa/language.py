@@ -356,12 +356,6 @@ class LanguageHead(QAHead):
     def _readout(self, panel: Panel | None) -> tuple[torch.Tensor, int]:
         return super()._readout(panel or self.everything)
 
-    def _follow_by_hand(self) -> None:
-        flat = self.flat
-        if self._followed != flat._version:  # written by hand, not by an optimiser
-            self.average.copy_(flat.detach())
-            self._followed = flat._version
-
     def _layers_that_answer(self) -> tuple[list[tuple[Any, Any]], Any]:
         self._follow_by_hand()
         w: Weights = self.weights(self.average.cpu().numpy())

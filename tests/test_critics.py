@@ -22,7 +22,7 @@ from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.joint import question_losses
 from sb3_qa.taps import readout
-from sb3_qa.truth import now
+from sb3_qa.truth import eventually, now
 
 WITH_TARGETS = [DQN, QRDQN, SAC, TD3, DDPG, TQC]
 
@@ -252,6 +252,20 @@ def test_a_target_answerer_answers_by_target_networks_and_follows_them(algorithm
     np.testing.assert_allclose(asked(slow), asked(live), atol=1e-5)  # the same weights give the same answers
     utils.polyak_update([torch.zeros_like(p) for p in live_net.parameters()], target_net.parameters(), 0.5)
     assert not np.allclose(asked(slow), asked(live), atol=1e-3)
+
+
+def test_a_target_answerer_whose_rows_are_made_of_words_follows_too() -> None:
+    question = Question("Will it be low within {k} steps?", eventually("low", within="k"), k=[1, 4], name="low")
+    policy_kwargs = dict(questions=[question], qa_encoder="text", net_arch=[8])
+    model = make(DQN, "QAMlpPolicy", environment(DQN), policy_kwargs, target_update_interval=10**6)
+    model.learn(160, callback=QACallback())
+    obs, policy = environment(DQN).reset(), model.policy
+    slow, live = (QuestionAnswerer.from_model(model, target=target) for target in (True, False))
+    policy.qa_head.average.copy_(policy.qa_head.flat.detach())
+    assert not np.allclose(slow.ask("low[k=4]", obs).probability, live.ask("low[k=4]", obs).probability, atol=1e-4)
+    utils.polyak_update(policy.q_net.parameters(), policy.q_net_target.parameters(), 1.0)
+    for key in ("low[k=1]", "low[k=4]"):
+        np.testing.assert_allclose(slow.ask(key, obs).probability, live.ask(key, obs).probability, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", [CrossQ, PPO])
