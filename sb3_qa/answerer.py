@@ -130,16 +130,18 @@ class Reading:
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
         return self._head.action_logits(self.hidden, actions, panel, self._of_critics(actions))
 
-    def all_logits(self, index: NDArray[np.intp], actions: NDArray[Any] | None) -> tuple[Floats, Floats]:
+    def all_logits(
+        self, index: NDArray[np.intp], actions: NDArray[Any] | None, panel: Panel | None = None
+    ) -> tuple[Floats, Floats]:
         """Of the states at ``index``: logits of the questions about states, (n, n_state), and of those about actions,
-        (n, m, n_logits - n_state).
+        (n, m, n_logits - n_state), of all questions or a panel's.
 
         :param actions: m candidates each, (n, m, *action_shape); None for all of a discrete space
         """
         part = self.part(index)
         if self._head.action_features is None:
-            return part.state_logits(), np.zeros((len(index), 0, 0), np.float32)
-        return part.state_logits(), part.action_logits(actions)
+            return part.state_logits(panel), np.zeros((len(index), 0, 0), np.float32)
+        return part.state_logits(panel), part.action_logits(actions, panel)
 
     def step_logits(self, actions: NDArray[Any], after: Reading, panel: Panel | None = None) -> Floats:
         """Logits of all questions or a panel's, (n, n_logits): about these actions here, and about the states after."""

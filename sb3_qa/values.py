@@ -77,7 +77,7 @@ class PointValues:
 
         :param actions: candidates (n, m, *action_shape), or None for all of a discrete space
         """
-        about_state, about_action = reading.all_logits(index, actions)
+        about_state, about_action = reading.all_logits(index, actions, self.panel)
         m = about_action.shape[1]
         logits = np.zeros((len(index), 1 + m, self.n_state + about_action.shape[2]), np.float32)
         logits[:, 1:, self.n_state :] = about_action
