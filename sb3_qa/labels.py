@@ -23,7 +23,6 @@ __all__ = [
     "event_times",
     "fill_value",
     "find_cuts",
-    "next_index",
     "window",
     "window_after",
     "window_value",
@@ -69,7 +68,7 @@ def find_cuts(terminated: Bools, truncated: Bools) -> Cuts:
     step, env = np.nonzero(cut)
     row_at = np.full(terminated.shape, -1, np.int32)
     row_at[step, env] = np.arange(len(step), dtype=np.int32)
-    end = next_index(terminated | truncated | cut)
+    end = _next_index(terminated | truncated | cut)
     return Cuts(np.take_along_axis(row_at, end, axis=0), step, env)
 
 
@@ -82,7 +81,7 @@ def event_times(event: Bools, terminated: Bools, truncated: Bools) -> EventTimes
     """
     here = np.arange(len(event))[:, None]
     end, ended = episode_end(terminated, truncated)
-    first = next_index(event)  # n_steps where none follows
+    first = _next_index(event)  # n_steps where none follows
     happens = first <= end
     known = np.where(happens, first, end) - here + 1
     return EventTimes(np.where(ended & ~happens, ENDED, known).astype(np.int32), happens)
@@ -155,7 +154,7 @@ def yes_or_no(value: Floats) -> EventTimes:
     return EventTimes((~np.isnan(value)).astype(np.int32), value == 1.0)
 
 
-def next_index(flag: Bools) -> NDArray[np.intp]:
+def _next_index(flag: Bools) -> NDArray[np.intp]:
     """Of flags (n_steps, n_envs): index of the first True at or after each row, n_steps where there is none."""
     n_steps = flag.shape[0]
     index = np.where(flag, np.arange(n_steps)[:, None], n_steps)
@@ -170,7 +169,7 @@ def episode_end(terminated: Bools, truncated: Bools) -> tuple[NDArray[np.intp], 
     """
     last = np.zeros_like(terminated)
     last[-1] = True
-    end = next_index(terminated | truncated | last)
+    end = _next_index(terminated | truncated | last)
     return end, np.take_along_axis(terminated, end, axis=0)
 
 
