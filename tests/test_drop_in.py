@@ -18,13 +18,13 @@ from sb3_contrib import QRDQN, TQC, TRPO, CrossQ
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from test_algorithms import ALL, QUESTIONS, VALUE_BASED, Drift, alias, environment, make, network, taught
 
 from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.policies import qa_policy
 from sb3_qa.truth import Truth, always, eventually, now
 from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
-from tests.test_algorithms import ALL, QUESTIONS, VALUE_BASED, Drift, alias, environment, make, network, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
 

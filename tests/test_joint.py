@@ -128,8 +128,8 @@ def captured(model: Any, monkeypatch: pytest.MonkeyPatch, which: int = 0) -> tup
     buffer = type(model.rollout_buffer)
     get_samples = buffer._get_samples
 
-    def spying_samples(self: Any, batch_inds: Any, env: Any = None) -> Any:
-        samples = get_samples(self, batch_inds, env)
+    def spying_samples(self: Any, batch_inds: Any, *args: Any) -> Any:
+        samples = get_samples(self, batch_inds, *args)
         seen.append((batch_inds, samples))
         return samples
 

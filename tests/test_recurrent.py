@@ -20,6 +20,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from test_joint import captured
 from wrapping import KEYS, Toy, assert_same, run_single, run_vec
 from wrapping import QUESTIONS as TOY_QUESTIONS
 
@@ -333,35 +334,12 @@ def test_scores_in_the_log_are_of_answers_given_with_what_was_remembered(monkeyp
     assert n_scored == 144
 
 
-class Captured(Exception):
-    pass
-
-
 @pytest.mark.parametrize("net", [{}, VARIANTS["shared, direct"]], ids=str)
 def test_gradient_on_a_padded_batch_is_that_of_the_sum_of_the_losses(
     net: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(max_grad_norm=float("inf"), batch_size=50, policy_kwargs=dict(qa_coef=0.7, **net))
-    seen: list[Any] = []
-    buffer = type(model.rollout_buffer)
-    get_samples, backward = buffer._get_samples, torch.Tensor.backward
-
-    def spying_samples(self: Any, batch_inds: Any, *args: Any) -> Any:
-        samples = get_samples(self, batch_inds, *args)
-        seen.append((batch_inds, samples))
-        return samples
-
-    def spying_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        backward(self, *args, **kwargs)
-        raise Captured
-
-    monkeypatch.setattr(buffer, "_get_samples", spying_samples)
-    monkeypatch.setattr(torch.Tensor, "backward", spying_backward)
-    with pytest.raises(Captured):
-        model.learn(72, callback=QACallback())
-    monkeypatch.undo()
-    gradients = {name: p.grad.clone() for name, p in model.policy.named_parameters() if p.grad is not None}
-    rows, batch = seen[0]
+    (rows, batch), gradients = captured(model, monkeypatch)
     mask = batch.mask > 1e-8
     assert int(mask.sum()) == len(rows) == 50 < len(mask), "nothing was padded"
 
