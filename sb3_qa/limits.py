@@ -33,8 +33,11 @@ class CutAges:
 
     def __init__(self, n_envs: int, begins: Bools) -> None:
         self._age = np.where(begins, 0, -1)
-        self._at_risk = np.zeros(64, np.int64)
-        self._cut = np.zeros(64, np.int64)
+        self._survived = np.zeros(
+            64, np.int64
+        )  # ended episodes, by the number of steps that they were seen not to terminate in
+        self._cut = np.zeros(64, np.int64)  # episodes cut, by their age
+        self._none = np.full(n_envs, NEVER, np.int64)
         self._random = np.random.default_rng(0)
 
     def step(self, terminated: Bools, truncated: Bools) -> Steps:
@@ -45,20 +48,27 @@ class CutAges:
         :return: (n_envs,), for episodes that terminate the number of steps until they would have been cut, else ``NEVER``
         """
         age = self._age = self._age + (self._age >= 0)
+        over = terminated | truncated
+        if not over.any():
+            return self._none
         if age.max() >= len(self._cut):
-            grown = (0, len(self._cut))
-            self._at_risk, self._cut = np.pad(self._at_risk, grown), np.pad(self._cut, grown)
+            grown = (0, int(age.max()) + 1)
+            self._survived, self._cut = np.pad(self._survived, grown), np.pad(self._cut, grown)
         told = age >= 0
-        np.add.at(self._at_risk, age[told & ~terminated], 1)
+        np.add.at(self._survived, (age - terminated)[told & over], 1)
         np.add.at(self._cut, age[told & truncated & ~terminated], 1)
-        left = np.full(len(age), NEVER, np.int64)
-        for env in np.flatnonzero(terminated & told).tolist():
-            left[env] = self._draw(int(age[env]))
-        self._age[terminated | truncated] = 0
+        left = self._none
+        if (terminated & told).any():
+            running = np.bincount(age[told & ~over], minlength=len(self._cut))
+            at_risk = np.cumsum((self._survived + running)[::-1])[::-1]  # at an age: all that were seen to reach it
+            left = self._none.copy()
+            for env in np.flatnonzero(terminated & told).tolist():
+                left[env] = self._draw(int(age[env]), at_risk)
+        self._age[over] = 0
         return left
 
-    def _draw(self, age: int) -> int:
-        hazard = self._cut[age:] / np.maximum(self._at_risk[age:], 1)
+    def _draw(self, age: int, at_risk: Steps) -> int:
+        hazard = self._cut[age:] / np.maximum(at_risk[age:], 1)
         reached = np.cumprod(1.0 - hazard)
         cut = np.flatnonzero(reached < self._random.random())
         return int(cut[0]) if len(cut) else NEVER
