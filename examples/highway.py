@@ -37,11 +37,12 @@ from sb3_qa.callbacks import QACallback
 from sb3_qa.evaluation import AnswerRecord, Episodes, run_episodes, score_answers, seeded_vec_env
 from sb3_qa.policies import qa_policy
 from sb3_qa.scores import Interval
+from sb3_qa.study.envpool import EnvPool
 from sb3_qa.truth import Step, after, eventually, now
 from sb3_qa.wrappers import VecRandomVeto, VecVetoAction
 
 try:
-    import envpool
+    import envpool  # noqa: F401
     import highway_env
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error.name} is not installed; install it with: pip install 'sb3-qa[demo,highway]'") from error
@@ -69,62 +70,6 @@ class Args:
     """An action is vetoed when its risk is at least this."""
     out: Path = Path("outputs/highway")
     """Where results go."""
-
-
-class EnvPool(VecEnv):
-    """envpool's environments as an SB3 VecEnv: episodes that end are reset at once, as in DummyVecEnv."""
-
-    KEYS = ("crashed", "speed")  # of envpool's info
-
-    def __init__(self, task: str, n_envs: int, seed: int) -> None:
-        self.pool = envpool.make(task, env_type="gymnasium", num_envs=n_envs, num_threads=1, seed=seed)
-        self.render_mode = None
-        shape = self.pool.observation_space.shape
-        space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)  # as highway-env's
-        super().__init__(n_envs, space, gym.spaces.Discrete(int(self.pool.action_space.n)))
-
-    def reset(self) -> np.ndarray:
-        obs, info = self.pool.reset()
-        self.reset_infos = self._infos(info)
-        return np.array(obs)
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.actions = actions
-
-    def step_wait(self) -> Any:
-        obs, rewards, terminated, truncated, info = self.pool.step(self.actions)
-        obs, infos, done = np.array(obs), self._infos(info), terminated | truncated
-        for i, one in enumerate(infos):
-            one["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-        ended = np.flatnonzero(done)
-        if len(ended):
-            for i in ended:
-                infos[i]["terminal_observation"] = obs[i].copy()
-            obs[ended], first = self.pool.reset(ended.astype(np.int32))
-            for i, one in zip(ended, self._infos(first), strict=True):
-                self.reset_infos[i] = one
-        return obs, rewards.astype(np.float32), done, infos
-
-    def _infos(self, info: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        rows = zip(*(info[key].tolist() for key in self.KEYS), strict=True)
-        return [dict(zip(self.KEYS, row, strict=True)) for row in rows]
-
-    def close(self) -> None:
-        self.pool.close()
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        if attr_name != "render_mode":
-            raise AttributeError(f"envpool's environments have no attribute {attr_name!r}")
-        return [None] * self.num_envs
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError
 
 
 def lane(step: Step) -> int:
