@@ -46,10 +46,10 @@ class EnvPool(VecEnv):
             one["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         ended = np.flatnonzero(done)
         if len(ended):
-            for i in ended:
+            for i in ended.tolist():
                 infos[i]["terminal_observation"] = obs[i].copy()
             obs[ended], first = self.pool.reset(ended.astype(np.int32))
-            for i, one in zip(ended, self._infos(first), strict=True):
+            for i, one in zip(ended.tolist(), self._infos(first), strict=True):
                 self.reset_infos[i] = one
         return obs, rewards.astype(np.float32), done, infos
 

@@ -21,13 +21,14 @@ class HeldActions(gym.Wrapper[Any, Any, Any, Any]):
     """Holds each action for some frames, and tells whether the lander crashed."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        total_reward = 0.0
+        total_reward = last = 0.0
         for _ in range(FRAMES):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total_reward += float(reward)
+            last = float(reward)
+            total_reward += last
             if terminated or truncated:
                 break
-        return obs, total_reward, terminated, truncated, {**info, "crashed": terminated and reward <= -100}
+        return obs, total_reward, terminated, truncated, {**info, "crashed": terminated and last <= -100}
 
 
 def make() -> gym.Env[Any, Any]:
