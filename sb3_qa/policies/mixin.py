@@ -182,7 +182,8 @@ class QAPolicyMixin:
 
 def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> Iterator[nn.Parameter]:
     """Parameters in the order of ``nn.Module.parameters()``, each once, but for those of the head, and of other parts that say
-    to be ``of_questions``."""
+    to be ``of_questions``.
+    """
     for parameter in module._parameters.values():
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))

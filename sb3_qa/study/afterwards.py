@@ -45,7 +45,7 @@ class MutedMixin:
             now = self.get_distribution(obs, **masks).distribution  # type: ignore[attr-defined]
             loss = coef * _kl(before, now)
         if log_prob.requires_grad:
-            log_prob = _WithLoss.apply(log_prob, loss)
+            log_prob = _WithLoss.apply(log_prob, loss)  # type: ignore[no-untyped-call]
         if values.requires_grad:
             values.register_hook(torch.zeros_like)
         if entropy is not None and entropy.requires_grad:

@@ -40,7 +40,7 @@ class SeparateMixin:
         with torch.random.fork_rng(devices=[]):  # so that the agent's stream goes on as without it
             torch.manual_seed(torch.initial_seed() % 2**31 + 1)
             self.twin = Twin(self).to(self.device)  # type: ignore[arg-type, attr-defined]
-        self.optimizer.add_param_group({"params": list(self.twin.parameters())})  # type: ignore[has-type]
+        self.optimizer.add_param_group({"params": list(self.twin.parameters())})  # type: ignore[attr-defined]
 
     def _pass_twin(self, obs: Any) -> torch.Tensor:
         features = BaseModel.extract_features(self, obs, self.twin.features_extractor)  # type: ignore[arg-type]
