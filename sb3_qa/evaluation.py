@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -21,10 +21,10 @@ from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.callbacks.log import truths
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader
-from sb3_qa.head import decode
+from sb3_qa.head import decode, survival
 from sb3_qa.labels import EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
 from sb3_qa.memory import Memory
-from sb3_qa.questions import nearest
+from sb3_qa.questions import Instance, Target, nearest
 from sb3_qa.scores import (
     Interval,
     absolute_error,
@@ -37,7 +37,17 @@ from sb3_qa.scores import (
 from sb3_qa.truth import Fact, Step
 from sb3_qa.wrappers.shell import row
 
-__all__ = ["AnswerRecord", "Episodes", "SeededEpisodes", "Trace", "run_episodes", "score_answers", "seeded_vec_env"]
+__all__ = [
+    "AnswerRecord",
+    "Answered",
+    "Episodes",
+    "EventCurves",
+    "SeededEpisodes",
+    "Trace",
+    "run_episodes",
+    "score_answers",
+    "seeded_vec_env",
+]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -169,6 +179,52 @@ def seeded_vec_env(make: Callable[[], gym.Env[Any, Any]], n_envs: int, seed: int
     return DummyVecEnv([lambda i=i: SeededEpisodes(make(), seed + i, n_envs) for i in range(n_envs)])  # type: ignore[misc]
 
 
+class Answered(NamedTuple):
+    """Answers to an instance and what turned out to be true, over n decisions."""
+
+    instance: Instance
+    answer: Answer
+    truth: NDArray[np.float32]
+    """(n,): 0 or 1, the index of an option, or a number."""
+    episode: NDArray[np.intp]
+    """(n,), the episode that each decision is of."""
+    elapsed: NDArray[np.intp]
+    """(n,), the steps of that episode before it."""
+
+
+class EventCurves(NamedTuple):
+    """Survival curves answered for an event, and when it really came, over n decisions."""
+
+    target: Target
+    said: NDArray[np.float32]
+    """(n, width + 1), probability of no event within 0 .. width steps."""
+    known: NDArray[np.int64]
+    """(n,), steps whose outcome is known: up to the event, up to where a time limit cut the episode, at most ``width``."""
+    event: Bools
+    """(n,), whether the last of them is the event."""
+    episode: NDArray[np.intp]
+    """(n,), the episode that each decision is of."""
+
+
+class _Held(NamedTuple):
+    """The decisions that answers are scored on, with labels and logits."""
+
+    store: LabelStore
+    rows: NDArray[np.intp]
+    room: NDArray[np.int64]
+    episode: NDArray[np.intp]
+    elapsed: NDArray[np.intp]
+    state_logits: NDArray[np.float32]
+    action_logits: NDArray[np.float32] | None
+
+    def logits(self, target: Target) -> NDArray[np.float32]:
+        if not target.question.per_action:
+            return self.state_logits[:, target.start : target.stop]
+        assert self.action_logits is not None
+        first = self.state_logits.shape[1]
+        return self.action_logits[:, target.start - first : target.stop - first]
+
+
 class AnswerRecord:
     """Keeps what is needed to hold answers against the truth, see :func:`score_answers`.
 
@@ -219,6 +275,30 @@ class AnswerRecord:
         A question about an action is asked about the one that was executed. Decisions so late in an episode that a time
         limit could have cut what they ask about are left out, whatever happened in them.
         """
+        for each in self.answered():
+            yield each.instance.key, each.answer, each.truth
+
+    def answered(self) -> Iterator[Answered]:
+        """As :meth:`answers`, with where in which episode each decision stands."""
+        held = self._hold_against_truth()
+        for instance in self.qa.catalogue.instances.values():
+            truth = truths(instance, held.store, self.qa, held.rows, held.room)
+            truth = np.where(held.room < (instance.horizon or 0), np.float32(np.nan), truth)
+            known = ~np.isnan(truth)
+            logits = held.logits(self.qa.catalogue.target_of[instance.key])[known]
+            yield Answered(instance, decode(instance, logits), truth[known], held.episode[known], held.elapsed[known])
+
+    def event_curves(self) -> Iterator[EventCurves]:
+        """For each event that is learnt, the curves answered and when the event really came, over all decisions."""
+        held = self._hold_against_truth()
+        for target in self.qa.catalogue.targets:
+            if target.kind == "event":
+                known, event = (each[held.rows] for each in held.store.times[target.start])
+                at_most = np.minimum(known, target.width).astype(np.int64)
+                comes = event & (known <= target.width)
+                yield EventCurves(target, survival(held.logits(target)), at_most, comes, held.episode)
+
+    def _hold_against_truth(self) -> _Held:
         if not self._rows:
             raise QAError("the AnswerRecord is empty; expected episodes in it; pass it to run_episodes(record=...)")
         parts = list(zip(*self._rows, strict=True))
@@ -226,20 +306,12 @@ class AnswerRecord:
         self.reader.check_seen({})
         chosen = np.unique(np.linspace(0, len(episode) - 1, min(len(episode), MOST_SCORED)).astype(np.intp))
         store, rows, room = self._label(episode, elapsed, state_facts, facts, ends)
-        rows, room = rows[chosen], room[chosen]
         reading = self._reading(parts[2], chosen)
         catalogue = self.qa.catalogue
         about_action = catalogue.n_state_logits < catalogue.n_logits
         action_logits = reading.action_logits(actions[chosen]) if about_action else None
-        for key, instance in catalogue.instances.items():
-            target = catalogue.target_of[key]
-            start = target.start - (catalogue.n_state_logits if instance.per_action else 0)
-            logits = action_logits if instance.per_action else reading.state_logits()
-            assert logits is not None
-            truth = truths(instance, store, self.qa, rows, room)
-            truth = np.where(room < (instance.horizon or 0), np.float32(np.nan), truth)
-            known = ~np.isnan(truth)
-            yield key, decode(instance, logits[known, start : start + target.width]), truth[known]
+        places = store, rows[chosen], room[chosen], episode[chosen], elapsed[chosen]
+        return _Held(*places, reading.state_logits(), action_logits)
 
     def _reading(self, seen: Sequence[Any], chosen: NDArray[np.intp]) -> Reading:
         if isinstance(seen[0], Reading):

@@ -36,7 +36,7 @@ from sb3_qa.truth import Fact, Step
 from sb3_qa.wrappers.shell import as_answerer, qa_wrappers
 from sb3_qa.wrappers.veto import VecVetoAction, VetoRule
 
-__all__ = ["ShadowEpisodes", "episode_record", "play_shadow"]
+__all__ = ["CatastropheOf", "ShadowEpisodes", "episode_record", "play_shadow"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -231,12 +231,12 @@ def play_shadow(
         )
     _check_environment(env)
     shadow = VecVetoAction(env, question, 1.0, shadow=True, qa=answerer)
-    fact = _Catastrophe(answerer, model, question) if catastrophe is None else catastrophe
+    fact = CatastropheOf(answerer, model, question) if catastrophe is None else catastrophe
     header = {
         "format": FORMAT,
         "version": VERSION,
         "question": question,
-        "catastrophe": str(fact) if isinstance(fact, (str, _Catastrophe)) else getattr(fact, "__name__", "callable"),
+        "catastrophe": str(fact) if isinstance(fact, (str, CatastropheOf)) else getattr(fact, "__name__", "callable"),
         "lead": lead,
         "window": window,
         **claim,
@@ -264,7 +264,7 @@ def play_shadow(
                 round_ = run_episodes(
                     model, shadow, min(wanted, env.num_envs), catastrophe=fact, deterministic=deterministic
                 )
-            if isinstance(fact, _Catastrophe):
+            if isinstance(fact, CatastropheOf):
                 fact.check_seen()
             if _version(answerer, model) != version:
                 raise QAError(
@@ -315,8 +315,13 @@ def describe(env: VecEnv) -> dict[str, Any]:
     }
 
 
-class _Catastrophe:
-    """The event of a question's truth, read of a step as training reads it."""
+class CatastropheOf:
+    """The event of a question's truth, read of a step as training reads it.
+
+    :param qa: whose question
+    :param model: who acts, and may have the callable of a fact of which a saved answerer has the name alone
+    :param key: of the instance
+    """
 
     def __init__(self, qa: QuestionAnswerer, model: Any, key: str) -> None:
         # A saved answerer has only the name of a fact that was a callable; the model that acts may have the callable.
@@ -337,6 +342,10 @@ class _Catastrophe:
         return bool(self._reader.read([step.info], [step])[0, self._column] == 1.0)
 
     def check_seen(self) -> None:
+        """Refuse a fact that never appeared.
+
+        :raises QAError: naming it
+        """
         try:
             self._reader.check_seen(self._info)
         except QAError as error:
