@@ -236,8 +236,8 @@ def score(
     :param base_rate: What the control answers: give the event frequency of the training data to be fair to both; by
         default it is the frequency in ``outcome``, the best that any constant can do.
     :param bins: Bins of the calibration errors.
-    :return: ``brier``, ``auroc``, ``calibration_error`` of the answers; ``constant_brier``, ``constant_auroc``,
-        ``constant_calibration_error`` of the control; ``brier_skill`` = 1 - brier / constant_brier, the share of the
+    :return: ``brier``, ``auroc``, ``calibration_error``, ``log_loss``, ``average_precision`` of the answers; ``constant_brier``
+        and so on of the control; ``brier_skill`` = 1 - brier / constant_brier, the share of the
         control's error that the answers remove (Murphy 1973: 1 is perfect, 0 no better than the control, below 0 worse;
         ``nan`` if the control makes no error); ``base_rate``, which the control answered; ``frequency``, the share of
         outcomes that were 1; ``count``, the number of answers.
@@ -248,7 +248,9 @@ def score(
     _require(0 <= rate <= 1, f"base_rate={base_rate!r}", "a probability", "pass an event frequency, or None")
     constant = np.full_like(p, rate)
     result = {"brier": brier(p, y), "auroc": auroc(p, y), "calibration_error": calibration_error(p, y, bins)}
-    control = {"brier": brier(constant, y), "auroc": auroc(constant, y)}
+    result |= {"log_loss": log_loss(p, y), "average_precision": average_precision(p, y)}
+    control = {"brier": brier(constant, y), "auroc": auroc(constant, y), "log_loss": log_loss(constant, y)}
+    control["average_precision"] = average_precision(constant, y)
     control["calibration_error"] = abs(rate - frequency)  # one bin; said outright, it is free of rounding
     result |= {f"constant_{name}": value for name, value in control.items()}
     result["brier_skill"] = 1 - result["brier"] / control["brier"] if control["brier"] > 0 else float("nan")

@@ -17,18 +17,20 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import nn
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.errors import QAError
 from sb3_qa.policies import qa_policy, stock_policies
+from sb3_qa.questions import Catalogue
 from sb3_qa.study.afterwards import adopt, anchor, freeze, muted_policy
 from sb3_qa.study.separate import separate_policy
 from sb3_qa.study.task import Task
+from sb3_qa.wrappers import VecShapeReward
 
-__all__ = ["ARMS", "Arm", "Curve", "Trained", "train_arm"]
+__all__ = ["ARMS", "Arm", "Curve", "Trained", "plain_agent", "train_arm"]
 
 
 class Arm(NamedTuple):
@@ -46,6 +48,8 @@ class Arm(NamedTuple):
     """How strongly it is held near what it was."""
     on_policy: bool = False
     """Whether it can be had for on-policy algorithms only."""
+    punished: str = ""
+    """What is taken from the reward: "catastrophes" as they happen, or the "answers" about them as they are given."""
 
 
 ARMS: dict[str, Arm] = {
@@ -55,6 +59,8 @@ ARMS: dict[str, Arm] = {
     "separate": Arm("a network of its own, trained at the same time on the same labels", separate=True, on_policy=True),
     "probe": Arm("a head on the frozen trunk of the finished agent", afterwards=True, frozen=True),
     "finetune": Arm("the finished agent's trunk and a head, trained on questions", afterwards=True, on_policy=True),
+    "punished": Arm("no questions; catastrophes punished in the reward", questions=False, punished="catastrophes"),
+    "shaped": Arm("as joint; its own answers about the catastrophe punished in the reward", punished="answers"),
     "anchored": Arm("as finetune, held near the agent by its KL divergence", afterwards=True, kl=1.0, on_policy=True),
 }
 
@@ -97,6 +103,22 @@ class Curve(BaseCallback):
             self.points.append((self.num_timesteps, float(np.mean(self._returns)) if self._returns else float("nan")))
             self._returns = []
         return True
+
+
+class Punished(VecEnvWrapper):
+    """Takes a penalty from the reward of a catastrophe, of which a key of ``info`` tells."""
+
+    def __init__(self, venv: VecEnv, catastrophe: str, penalty: float) -> None:
+        super().__init__(venv)
+        self.catastrophe, self.penalty = catastrophe, penalty
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        happened = np.array([bool(info[self.catastrophe]) for info in infos])
+        return obs, (rewards - self.penalty * happened).astype(np.float32), dones, infos
 
 
 class _Limited:
@@ -160,7 +182,7 @@ def train_arm(
             f"arm {arm!r} with labels={labels:g} got {task.algorithm.__name__}; expected an on-policy algorithm; leave it out"
         )
     timesteps = task.timesteps if timesteps is None else timesteps
-    before = _plain_agent(task, seed, folder) if how.afterwards else None
+    before = plain_agent(task, seed, folder) if how.afterwards else None
     base = stock_policies(task.algorithm)[task.policy]
     kwargs: dict[str, Any] = dict(task.policy_kwargs)
     policy: Any = base
@@ -173,6 +195,13 @@ def train_arm(
         policy = qa_policy(chosen)
         kwargs |= {"qa_trunk_gradient": how.trunk_gradient, "questions": list(task.questions), **task.qa_kwargs}
     venv = task.training_env(seed + 1_000 * how.afterwards) if env is None else env
+    if how.punished == "catastrophes":
+        venv = Punished(venv, task.catastrophe, task.penalty)
+    elif how.punished == "answers":
+        horizon = (
+            Catalogue(task.questions).instances[task.risk].horizon or 1
+        )  # of so many steps each tells of the same one
+        venv = VecShapeReward(venv, rewards={task.risk: -task.penalty / horizon}, mode="add")
     model = task.algorithm(policy, venv, policy_kwargs=kwargs, seed=seed, device="cpu", **task.hyperparameters)
     if before is not None:
         adopt(model.policy, before.policy)
@@ -192,7 +221,7 @@ def train_arm(
     return Trained(model, answerer, seconds, curve.points)
 
 
-def _plain_agent(task: Task, seed: int, folder: Path | None) -> BaseAlgorithm:
+def plain_agent(task: Task, seed: int, folder: Path | None) -> BaseAlgorithm:
     """The agent without questions, loaded, or trained and kept."""
     path = None if folder is None else folder / f"{task.name}-{task.timesteps}-{seed}.zip"
     if path is not None and path.exists():

@@ -84,6 +84,7 @@ TASK = Task(
     catastrophe="crashed",
     risk="crash[k=5]",
     reward={"crash[k=5]": -1.0, "fast": 0.2},
+    penalty=5.0,
     algorithm=PPO,
     hyperparameters=dict(n_steps=256, batch_size=256, n_epochs=6, learning_rate=5e-4, gamma=0.9),
     policy_kwargs=dict(net_arch=[128, 128]),

@@ -90,7 +90,8 @@ TASK = Task(
     ],
     catastrophe="crashed",
     risk="crash[k=5]",
-    reward={"crash[k=10]": -1.0, "touchdown": -0.02, "tilts[k=5]": -0.2},
+    reward={"crash[k=10]": -1.0, "touching": 0.1, "tilts[k=5]": -0.1},
+    penalty=100.0,
     algorithm=PPO,
     hyperparameters=dict(
         n_steps=128, batch_size=256, n_epochs=8, learning_rate=1e-3, gamma=0.99, gae_lambda=0.95, ent_coef=0.002
