@@ -11,6 +11,7 @@ from sb3_qa.errors import QAError
 COMMANDS = {
     "ask": "step an environment in the terminal, and ask its agent questions",
     "review": "list the flags, vetoes and catastrophes of a flight record, and show one",
+    "study": "measure whether joint training is as cheap and as good as hoped, and report it",
 }
 """Each is a module of :mod:`sb3_qa.cli` with ``main(argv)``, imported when it is asked for."""
 

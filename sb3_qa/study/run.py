@@ -38,7 +38,6 @@ def grid(tasks: Sequence[str], arms: Sequence[str], seeds: Iterable[int], labels
     """
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-    from sb3_qa.evaluation import AnswerRecord
     from sb3_qa.study.arms import ARMS
     from sb3_qa.study.task import load_task
 
