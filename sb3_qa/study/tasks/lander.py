@@ -99,5 +99,5 @@ TASK = Task(
     timesteps=120_000,
     n_envs=16,
     solved=150.0,
-    quick=dict(timesteps=4_096, episodes=16),
+    quick=dict(timesteps=2_048, episodes=8),
 )
