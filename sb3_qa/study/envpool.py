@@ -42,8 +42,8 @@ class EnvPool(VecEnv):
     def step_wait(self) -> Any:
         obs, rewards, terminated, truncated, info = self.pool.step(self.actions)
         obs, infos, done = np.array(obs), self._infos(info), terminated | truncated
-        for i, one in enumerate(infos):
-            one["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        for n, one in enumerate(infos):
+            one["TimeLimit.truncated"] = bool(truncated[n] and not terminated[n])
         ended = np.flatnonzero(done)
         if len(ended):
             for i in ended:

@@ -27,7 +27,7 @@ class HeldActions(gym.Wrapper[Any, Any, Any, Any]):
             total_reward += float(reward)
             if terminated or truncated:
                 break
-        return obs, total_reward, terminated, truncated, {**info, "crashed": terminated and reward <= -100}
+        return obs, total_reward, terminated, truncated, {**info, "crashed": terminated and float(reward) <= -100}
 
 
 def make() -> gym.Env[Any, Any]:
