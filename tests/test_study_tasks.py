@@ -117,9 +117,8 @@ def test_facts_are_told_at_every_step_and_at_the_reset(task: Task) -> None:
 def test_a_little_of_the_training_answers_every_question(task: Task) -> None:
     task = task.quickly()
     hyper = {**task.hyperparameters}
-    steps = 256
     if "n_steps" in hyper:
-        hyper |= dict(n_steps=32, batch_size=32)
+        hyper |= dict(n_steps=16, batch_size=64)
     model = task.algorithm(
         qa_policy(task.algorithm, task.policy),
         task.training_env(0),
@@ -129,7 +128,7 @@ def test_a_little_of_the_training_answers_every_question(task: Task) -> None:
         **hyper,
     )
     before = [p.detach().clone() for p in model.policy.qa_head.parameters()]
-    model.learn(steps * 2, callback=QACallback())
+    model.learn(256, callback=QACallback())
     assert any(
         not np.array_equal(p.detach(), b) for p, b in zip(model.policy.qa_head.parameters(), before, strict=True)
     )
