@@ -42,14 +42,14 @@ class EnvPool(VecEnv):
     def step_wait(self) -> Any:
         obs, rewards, terminated, truncated, info = self.pool.step(self.actions)
         obs, infos, done = np.array(obs), self._infos(info), terminated | truncated
-        for n, one in enumerate(infos):
-            one["TimeLimit.truncated"] = bool(truncated[n] and not terminated[n])
+        for i, one in enumerate(infos):
+            one["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         ended = np.flatnonzero(done)
         if len(ended):
-            for i in ended:
+            for i in ended.tolist():
                 infos[i]["terminal_observation"] = obs[i].copy()
             obs[ended], first = self.pool.reset(ended.astype(np.int32))
-            for i, one in zip(ended, self._infos(first), strict=True):
+            for i, one in zip(ended.tolist(), self._infos(first), strict=True):
                 self.reset_infos[i] = one
         return obs, rewards.astype(np.float32), done, infos
 

@@ -18,7 +18,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from sb3_qa.errors import QAError
 from sb3_qa.evaluation import seeded_vec_env
 from sb3_qa.questions import Question
-from sb3_qa.truth import Fact
 
 __all__ = ["Oracle", "Task", "load_task", "task_names"]
 
@@ -40,11 +39,10 @@ class Task:
     make: Callable[[], gym.Env[Any, Any]]
     """Makes one environment, which tells the facts of the questions and of the catastrophe."""
     questions: Sequence[Question]
-    catastrophe: Fact
+    catastrophe: str
+    """The key of ``info`` that tells of it."""
     risk: str
     """The instance about ``{action}`` that a veto asks."""
-    reward: Mapping[str, float]
-    """Instances and weights, of which a reward is made of answers only."""
     algorithm: type[BaseAlgorithm]
     hyperparameters: Mapping[str, Any]
     """Of the algorithm, but for ``policy_kwargs``."""
@@ -52,6 +50,10 @@ class Task:
     n_envs: int
     solved: float
     """A mean return of training episodes that counts as having learnt the task."""
+    reward: Mapping[str, float] = field(default_factory=dict)
+    """Instances and weights, of which a reward is made of answers only; empty where that is not tried."""
+    penalty: float = 1.0
+    """What is taken from the reward for a catastrophe, or for a risk of 1, in the arms that do so."""
     episodes: int = 200
     """How many each measurement plays."""
     policy: str = "MlpPolicy"

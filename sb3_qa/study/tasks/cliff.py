@@ -102,6 +102,7 @@ TASK = Task(
     catastrophe="fell",
     risk="fall[k=1]",
     reward={"fall[k=3]": -1.0, "goal[k=10]": 1.0},
+    penalty=100.0,
     algorithm=PPO,
     hyperparameters=dict(
         n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3, gamma=0.99, gae_lambda=0.95, ent_coef=0.01

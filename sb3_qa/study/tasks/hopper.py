@@ -112,6 +112,7 @@ TASK = Task(
     catastrophe="fell",
     risk="fall[k=10]",
     reward={"fall[k=20]": -1.0, "speed": 0.5},
+    penalty=50.0,
     algorithm=PPO,
     hyperparameters=dict(
         n_steps=512, batch_size=128, n_epochs=6, learning_rate=5e-4, gamma=0.99, gae_lambda=0.95, max_grad_norm=0.5

@@ -148,6 +148,7 @@ TASK = Task(
     catastrophe="lava",
     risk="lava[k=2]",
     reward={"lava[k=2]": -1.0, "goal[k=5]": 0.2, "until_goal": -0.01},
+    penalty=1.0,
     algorithm=PPO,
     hyperparameters=dict(
         n_steps=128, batch_size=256, n_epochs=4, learning_rate=7e-4, gamma=0.97, gae_lambda=0.95, ent_coef=0.01

@@ -117,6 +117,7 @@ def task(name: str, title: str, opponent: str, timesteps: int) -> Task:
         catastrophe="ruined",
         risk="ruin[k=10]",
         reward={"ruin[k=20]": -1.0, "kill[k=5]": 0.2, "win[k=20]": 1.0, "lose[k=5]": -0.2},
+        penalty=10.0,
         algorithm=MaskablePPO,
         hyperparameters=dict(
             n_steps=256, batch_size=256, n_epochs=4, learning_rate=3e-4, gamma=0.997, gae_lambda=0.95, ent_coef=0.01

@@ -140,6 +140,7 @@ TASK = Task(
     catastrophe="constraint",
     risk="touch[k=3]",
     reward={"touch[k=3]": -1.0, "distance": -0.02, "goal[k=10]": 0.5},
+    penalty=20.0,
     algorithm=PPO,
     hyperparameters=dict(
         n_steps=512, batch_size=128, n_epochs=8, learning_rate=1e-3, gamma=0.98, gae_lambda=0.95, ent_coef=0.0
