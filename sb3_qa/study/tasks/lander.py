@@ -27,11 +27,11 @@ class HeldActions(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
-        self.seed: int | None = None
+        self.episode_seed: int | None = None
         self.actions: list[int] = []
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        self.seed, self.actions = seed, []
+        self.episode_seed, self.actions = seed, []
         obs, info = self.env.reset(seed=seed, options=options)
         return obs, {**info, "crashed": False}
 
@@ -57,12 +57,12 @@ def replay(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     while not isinstance(held, HeldActions):
         assert isinstance(held, gym.Wrapper)
         held = held.env
-    if held.seed is None:
+    if held.episode_seed is None:
         raise QAError(
             "the lander's oracle got an episode that was not seeded; expected a seed at the reset, to play it again; use seeded_vec_env"
         )
     clone = make()
-    clone.reset(seed=held.seed)
+    clone.reset(seed=held.episode_seed)
     for action in held.actions:
         clone.step(action)
     return clone

@@ -146,7 +146,7 @@ TASK = Task(
         n_steps=512, batch_size=128, n_epochs=8, learning_rate=1e-3, gamma=0.98, gae_lambda=0.95, ent_coef=0.0
     ),
     policy_kwargs=dict(net_arch=[64, 64]),
-    timesteps=150_000,
+    timesteps=60_000,
     n_envs=8,
     solved=55.0,
     oracle=oracle,
