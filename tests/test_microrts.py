@@ -132,6 +132,30 @@ def test_a_clone_lives_by_itself() -> None:
 
 
 @needs_the_game
+@pytest.mark.parametrize("opponent", ["WorkerRush", "LightRush"])
+def test_a_clone_goes_on_as_the_game_does(opponent: str) -> None:
+    """Whatever the opponent has planned: by many plans, in games that both sides play on with."""
+    env, rng = MicroRTS(f"ai.abstraction.{opponent}"), np.random.default_rng(0)
+    for seed in range(6):
+        env.reset(seed=seed)
+        for _ in range(200):
+            clones = [env.clone()]
+            actions, ahead = [], []
+            for _ in range(15):
+                choices = np.flatnonzero(clones[0].action_masks())
+                actions.append(
+                    int(rng.choice(choices[choices < 13] if rng.random() < 0.5 and len(choices) > 1 else choices))
+                )
+                ahead.append(clones[0].step(actions[-1]))
+                if ahead[-1][2] or ahead[-1][3]:
+                    break
+            if not same([env.step(action) for action in actions], ahead):
+                raise AssertionError(f"seed {seed}: a clone went another way")
+            if ahead[-1][2] or ahead[-1][3]:
+                break
+
+
+@needs_the_game
 @pytest.mark.parametrize("wrong", [dict(opponent="ai.abstraction.NoSuchRush"), dict(board="maps/none.xml")])
 def test_an_opponent_or_a_map_that_is_not_there_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(QAError, match="expected a"):

@@ -250,3 +250,28 @@ def test_a_masked_action_is_no_way_out() -> None:
 def test_a_threshold_that_is_no_probability_is_refused(threshold: Any) -> None:
     with pytest.raises(QAError, match="expected a probability"):
         OracleVeto(Fuse(), Counterfactuals(deep_copy, catastrophe="burnt", horizon=1), Idle(), threshold)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "action", "rest"),
+    [
+        ("navigation", np.array([-30.97, 2.0]), np.array([1.0, 0.0], np.float32), np.array([-1.0, 0.0], np.float32)),
+        ("cliff", 27, 1, 0),  # at the edge, to the right: it slips down in a third of cases, and up to none
+    ],
+)
+def test_a_risk_in_closed_form_is_how_often_it_happens(name: str, at: Any, action: Any, rest: Any) -> None:
+    task = load_task(name)
+    env: Any = task.make()
+    env.reset(seed=0)
+    happened = 0
+    for _ in range(600):
+        env.reset()
+        if name == "cliff":
+            env.unwrapped.s = at
+        else:
+            env.unwrapped.position = at.copy()
+        assert task.oracle is not None
+        risk, none = task.oracle(env, None, np.array([action, rest]), False)
+        happened += env.step(action)[4][task.catastrophe]
+    assert 0.2 < risk < 0.8 and none < 1e-6
+    assert abs(happened / 600 - risk) < 4 * (risk * (1 - risk) / 600) ** 0.5
