@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
@@ -19,8 +21,9 @@ from sb3_qa.questions import Question
 
 __all__ = ["Oracle", "Task", "load_task", "task_names"]
 
-Oracle = Callable[[gym.Env[Any, Any], Any], Sequence[float]]
-"""From an environment, and the agent that goes on, to the true risk of every action in its present state: (n_actions,)."""
+Oracle = Callable[[gym.Env[Any, Any], Any, NDArray[Any], bool], NDArray[np.float64]]
+"""``(env, agent, actions, deterministic)`` -> the true risk of each action in the environment's present state, (n_actions,). The
+agent goes on after it: anything with SB3's ``predict``, by its likeliest actions or by sampled ones."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa import Choice, Number, Question
 from sb3_qa.study.envpool import EnvPool
+from sb3_qa.study.oracle import Counterfactuals, deep_copy
 from sb3_qa.study.task import Task
 from sb3_qa.truth import Step, after, always, eventually, lowest, now, steps_until, total
 
@@ -91,5 +92,6 @@ TASK = Task(
     timesteps=200_000,
     n_envs=8,
     solved=20.0,
+    oracle=Counterfactuals(deep_copy, catastrophe="crashed", horizon=5, rollouts=2),
     quick=dict(timesteps=4_096, episodes=16),
 )

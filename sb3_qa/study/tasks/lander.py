@@ -9,6 +9,8 @@ import gymnasium as gym
 from stable_baselines3 import PPO
 
 from sb3_qa import Choice, Number, Question
+from sb3_qa.errors import QAError
+from sb3_qa.study.oracle import Counterfactuals
 from sb3_qa.study.task import Task
 from sb3_qa.truth import Step, after, always, eventually, lowest, now, peak, steps_until, total
 
@@ -18,9 +20,23 @@ ACTIONS = ["nothing", "left engine", "main engine", "right engine"]
 
 
 class HeldActions(gym.Wrapper[Any, Any, Any, Any]):
-    """Holds each action for some frames, and tells whether the lander crashed."""
+    """Holds each action for some frames, and tells whether the lander crashed.
+
+    It keeps the seed and the actions of the episode: Box2D's world cannot be copied, but played again.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.episode_seed: int | None = None
+        self.actions: list[int] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.episode_seed, self.actions = seed, []
+        obs, info = self.env.reset(seed=seed, options=options)
+        return obs, {**info, "crashed": False}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions.append(int(action))
         total_reward = last = 0.0
         for _ in range(FRAMES):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -33,6 +49,23 @@ class HeldActions(gym.Wrapper[Any, Any, Any, Any]):
 
 def make() -> gym.Env[Any, Any]:
     return HeldActions(gym.make("LunarLander-v3", max_episode_steps=LIMIT * FRAMES))
+
+
+def replay(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A clone: another environment, with the seed and the actions of this episode."""
+    held = env
+    while not isinstance(held, HeldActions):
+        assert isinstance(held, gym.Wrapper)
+        held = held.env
+    if held.episode_seed is None:
+        raise QAError(
+            "the lander's oracle got an episode that was not seeded; expected a seed at the reset, to play it again; use seeded_vec_env"
+        )
+    clone = make()
+    clone.reset(seed=held.episode_seed)
+    for action in held.actions:
+        clone.step(action)
+    return clone
 
 
 def touching(step: Step) -> bool:
@@ -99,5 +132,6 @@ TASK = Task(
     timesteps=120_000,
     n_envs=16,
     solved=150.0,
+    oracle=Counterfactuals(replay, catastrophe="crashed", horizon=5, rollouts=2),
     quick=dict(timesteps=2_048, episodes=8),
 )

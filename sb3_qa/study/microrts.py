@@ -1,0 +1,260 @@
+"""microRTS, a small real-time strategy game, as a Gymnasium environment on its Java game state.
+
+microRTS (Ontañón 2013, "The combinatorial multi-armed bandit problem and its application to real-time strategy games") comes in
+the package gym-microrts, which is GPL-3 and pins a gym that can no longer be built: it is installed by hand, with
+``pip install --no-deps gym-microrts==0.4.3 JPype1``, beside a Java runtime.
+
+Both sides own a base and a worker and fight for resources. Where one order per idle unit would be an action of its own, here
+a *decision* is the order for one idle unit: the game runs on until a unit of the agent has a choice to make.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from sb3_qa.errors import QAError
+
+__all__ = ["MicroRTS", "check_installed"]
+
+TYPES = ["Resource", "Base", "Barracks", "Worker", "Light", "Heavy", "Ranged"]
+ARMY = ("Worker", "Light", "Heavy", "Ranged")
+WAIT, PRODUCE, ATTACK = 0, 4, 5  # kinds of orders in Java; 1 to 3 are move, harvest and return
+REACH = 3  # cells that an attack reaches at most
+FIRST_PRODUCE, FIRST_ATTACK = 13, 37
+N_ACTIONS = FIRST_ATTACK + (2 * REACH + 1) ** 2
+N_PLANES = 13  # hit points, resources, mine, the enemy's, seven types, busy, the unit that is to be ordered
+IDLE_CYCLES = 10  # of a unit that waits
+
+Info = dict[str, Any]
+_starting = threading.Lock()
+
+
+def check_installed() -> Path:
+    """The folder of the game.
+
+    :raises QAError: when the game or the bridge to Java is not installed
+    """
+    found = [importlib.util.find_spec(name) for name in ("gym_microrts", "jpype")]
+    if found[0] is None or found[1] is None or found[0].origin is None:
+        raise QAError(
+            "microRTS is not installed; expected the packages gym_microrts (GPL-3) and jpype, and a Java runtime; "
+            "pip install --no-deps gym-microrts==0.4.3 JPype1"
+        )
+    return Path(found[0].origin).parent / "microrts"
+
+
+def _java(name: str) -> Any:
+    """A Java class; the first starts Java, once a process."""
+    import jpype
+
+    with _starting:
+        if not jpype.isJVMStarted():
+            jars = sorted(check_installed().glob("*.jar"), key=lambda jar: (jar.name != "microrts.jar", jar.name))
+            jpype.startJVM(  # the game's own jar first: those of its players carry older classes of the same names
+                "-Xmx512m",
+                "-XX:+UseSerialGC",
+                "-Djava.awt.headless=true",
+                classpath=[str(jar) for jar in jars],
+                convertStrings=False,
+            )
+    return jpype.JClass(name)
+
+
+class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
+    """The agent plays the blue side. ``action_masks()`` tells which orders the unit that is asked can carry out; any other waits.
+
+    Actions: 0 wait; 1 to 12 move, harvest, return, each up, right, down, left; 13 to 36 produce, four directions times six
+    types; 37 to 85 attack a cell of the 7 x 7 around the unit. Observations (13 * height * width + 3): planes of the map, then
+    both sides' resources and the time. The reward is a tenth of how the balance of material changes, and ten for the game.
+
+    ``info`` tells on every step and at reset: ``own_workers``, ``enemy_workers``, ``own_units``, ``enemy_units`` (that move),
+    ``own_resources``, ``enemy_resources``, ``own_base``, ``enemy_base`` (whether there is one), ``own_base_hp`` (hit points),
+    ``threatened`` (an enemy within 2 cells of an own base), ``busy`` (own units under order), ``asked`` (the type of the unit to be
+    ordered), ``time``, ``lost``, ``killed`` (units in this step), ``lost_base``, ``won``, ``defeated``.
+
+    The game is deterministic but for the seeded moment at which it begins for the agent. The opponent's plans are made anew
+    every cycle, from the game alone, so that a :meth:`clone` of the game is all there is to clone.
+
+    :param opponent: a Java class that plays, e.g. "ai.abstraction.WorkerRush"
+    :param board: a map in the game's folder
+    :param max_cycles: after which the game is cut
+    :param latest_start: the opponent is ahead by a random number of cycles up to this
+    """
+
+    def __init__(
+        self,
+        opponent: str = "ai.abstraction.WorkerRush",
+        board: str = "maps/8x8/basesWorkers8x8A.xml",
+        max_cycles: int = 2000,
+        latest_start: int = 20,
+    ) -> None:
+        folder = check_installed()
+        if not (folder / board).is_file():
+            raise QAError(
+                f"MicroRTS got board={board!r}; expected a file in {folder}; give e.g. maps/8x8/basesWorkers8x8A.xml"
+            )
+        self._units = _java("rts.units.UnitTypeTable")()
+        try:
+            self._opponent = _java(opponent)(self._units)
+        except TypeError as error:  # JPype's, of a class that is not there or takes no table of units
+            raise QAError(
+                f"MicroRTS got opponent={opponent!r}; expected a Java class that plays ({error}); see its src/ai"
+            ) from error
+        self._board = _java("rts.PhysicalGameState").load(str(folder / board), self._units)
+        self._GameState, self._PlayerAction = _java("rts.GameState"), _java("rts.PlayerAction")
+        self.max_cycles, self.latest_start = max_cycles, latest_start
+        self.shape = (int(self._board.getHeight()), int(self._board.getWidth()))
+        self.observation_space = spaces.Box(0.0, 1.0, (N_PLANES * self.shape[0] * self.shape[1] + 3,), np.float32)
+        self.action_space = spaces.Discrete(N_ACTIONS)
+        self._game: Any = None
+        self._unit: Any = None
+        self._orders: dict[int, Any] = {}
+        self._passed: set[int] = set()
+        """Units that have been asked in this cycle."""
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[NDArray[np.float32], Info]:
+        super().reset(seed=seed)
+        self._game = self._GameState(self._board.clone(), self._units)
+        self._passed = set()
+        for _ in range(int(self.np_random.integers(self.latest_start + 1))):
+            self._cycle()
+        self._next_unit()
+        self._balance, self._counts = self._material(), self._count()
+        return self._observe(), self._tell(0, 0, False, None)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which orders the unit that is asked can carry out, (n_actions,)."""
+        masks = np.zeros(N_ACTIONS, np.bool_)
+        masks[list(self._orders) or [WAIT]] = True
+        return masks
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, Info]:
+        order = self._orders.get(int(action), self._orders[WAIT])
+        orders = self._PlayerAction()
+        orders.addUnitAction(self._unit, order)
+        self._game.issueSafe(orders)
+        self._passed.add(int(self._unit.getID()))
+        goes_on = self._next_unit()
+        terminated = bool(self._game.gameover())
+        winner = int(self._game.winner()) if terminated else None
+        before, self._counts = self._counts, self._count()
+        balance = self._material()
+        reward = 0.1 * (balance - self._balance) + {0: 10.0, 1: -10.0}.get(-1 if winner is None else winner, 0.0)
+        self._balance = balance
+        gone = before - self._counts
+        lost, killed = (sum(gone[player, name] for name in ARMY) for player in (0, 1))
+        info = self._tell(lost, killed, bool(gone[0, "Base"]), winner)
+        return self._observe(), reward, terminated, not (goes_on or terminated), info
+
+    def clone(self) -> MicroRTS:
+        """The same game once more, which can be stepped by itself."""
+        other: MicroRTS = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._game = self._game.clone()
+        other._passed, other._counts = set(self._passed), Counter(self._counts)
+        if self._np_random is not None:
+            other._np_random = np.random.Generator(type(self._np_random.bit_generator)())
+            other._np_random.bit_generator.state = self._np_random.bit_generator.state
+        if self._unit is not None:
+            other._unit = other._game.getUnit(self._unit.getID())
+            other._orders = other._possible(other._unit)
+        return other
+
+    def _next_unit(self) -> bool:
+        """Run on until a unit has a choice to make; False when the game is over, or out of time."""
+        while True:
+            for unit in self._game.getUnits():
+                if unit.getPlayer() == 0 and int(unit.getID()) not in self._passed:
+                    if self._game.getActionAssignment(unit) is not None:
+                        continue
+                    orders = self._possible(unit)
+                    if len(orders) > 1:
+                        self._unit, self._orders = unit, orders
+                        return True
+                    self._passed.add(int(unit.getID()))
+            if not self._cycle():
+                self._unit, self._orders = None, {}
+                return False
+
+    def _cycle(self) -> bool:
+        self._opponent.reset()
+        self._game.issueSafe(self._opponent.getAction(1, self._game))
+        over = bool(self._game.cycle())
+        self._passed = set()
+        return not over and int(self._game.getTime()) < self.max_cycles
+
+    def _possible(self, unit: Any) -> dict[int, Any]:
+        """Orders by the number of the action."""
+        return {
+            self._number(order, unit): order
+            for order in unit.getUnitActions(self._game, IDLE_CYCLES)
+            if order.getType() == WAIT or self._game.isUnitActionAllowed(unit, order)
+        }
+
+    @staticmethod
+    def _number(order: Any, unit: Any) -> int:
+        kind = int(order.getType())
+        if kind == WAIT:
+            return WAIT
+        if kind == ATTACK:
+            dx, dy = (int(order.getLocationX() - unit.getX()), int(order.getLocationY() - unit.getY()))
+            return FIRST_ATTACK + (dy + REACH) * (2 * REACH + 1) + dx + REACH
+        direction = int(order.getDirection())
+        if kind == PRODUCE:
+            return FIRST_PRODUCE + direction * 6 + TYPES.index(str(order.getUnitType().name)) - 1
+        return 1 + (kind - 1) * 4 + direction
+
+    def _count(self) -> Counter[tuple[int, str]]:
+        return Counter((int(unit.getPlayer()), str(unit.getType().name)) for unit in self._game.getUnits())
+
+    def _material(self) -> float:
+        """What the own units, and half of what is carried and stored, cost, minus the enemy's."""
+        sums = [0.5 * float(self._game.getPlayer(player).getResources()) for player in (0, 1)]
+        for unit in self._game.getUnits():
+            player = int(unit.getPlayer())
+            if player >= 0:
+                health = float(unit.getHitPoints()) / max(1, int(unit.getMaxHitPoints()))
+                sums[player] += float(unit.getCost()) * health + 0.5 * float(unit.getResources())
+        return sums[0] - sums[1]
+
+    def _tell(self, lost: int, killed: int, lost_base: bool, winner: int | None) -> Info:
+        counts, told = self._counts, Info()
+        for player, side in enumerate(("own", "enemy")):
+            told[f"{side}_workers"] = counts[player, "Worker"]
+            told[f"{side}_units"] = sum(counts[player, name] for name in ARMY)
+            told[f"{side}_resources"] = int(self._game.getPlayer(player).getResources())
+            told[f"{side}_base"] = counts[player, "Base"] > 0
+        units = [
+            (int(u.getPlayer()), str(u.getType().name), int(u.getX()), int(u.getY()), u) for u in self._game.getUnits()
+        ]
+        bases = [unit for unit in units if unit[:2] == (0, "Base")]
+        enemies = [unit for unit in units if unit[0] == 1 and unit[1] in ARMY]
+        told["own_base_hp"] = sum(int(unit[4].getHitPoints()) for unit in bases)
+        told["threatened"] = any(abs(b[2] - e[2]) + abs(b[3] - e[3]) <= 2 for b in bases for e in enemies)
+        told["busy"] = sum(u[0] == 0 and self._game.getActionAssignment(u[4]) is not None for u in units)
+        told["asked"] = "none" if self._unit is None else str(self._unit.getType().name).lower()
+        told |= {"time": int(self._game.getTime()), "lost": lost, "killed": killed, "lost_base": lost_base}
+        return told | {"won": winner == 0, "defeated": winner == 1}
+
+    def _observe(self) -> NDArray[np.float32]:
+        points, carried, player, kind, order = np.array(self._game.getMatrixObservation(0))
+        planes = np.zeros((N_PLANES, *self.shape), np.float32)
+        planes[0], planes[1] = np.minimum(points, 10) / 10, np.minimum(carried, 10) / 10
+        planes[2], planes[3] = player == 1, player == 2
+        planes[4:11] = kind == np.arange(1, 8)[:, None, None]
+        planes[11] = order > 0
+        if self._unit is not None:
+            planes[12, self._unit.getY(), self._unit.getX()] = 1
+        stored = [min(1.0, int(self._game.getPlayer(side).getResources()) / 20) for side in (0, 1)]
+        return np.concatenate(
+            [planes.ravel(), [*stored, min(1.0, int(self._game.getTime()) / self.max_cycles)]], dtype=np.float32
+        )
