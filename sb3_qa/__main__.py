@@ -10,6 +10,7 @@ from sb3_qa.errors import QAError
 
 COMMANDS = {
     "ask": "step an environment in the terminal, and ask its agent questions",
+    "report": "play episodes and write one HTML page about the answers",
     "review": "list the flags, vetoes and catastrophes of a flight record, and show one",
 }
 """Each is a module of :mod:`sb3_qa.cli` with ``main(argv)``, imported when it is asked for."""

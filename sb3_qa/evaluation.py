@@ -293,9 +293,10 @@ class AnswerRecord:
         held = self._hold_against_truth()
         for target in self.qa.catalogue.targets:
             if target.kind == "event":
-                known, event = (each[held.rows] for each in held.store.times[target.start])
+                times = held.store.times[target.start]
+                known = times.known[held.rows]
                 at_most = np.minimum(known, target.width).astype(np.int64)
-                comes = event & (known <= target.width)
+                comes = times.event[held.rows] & (known <= target.width)
                 yield EventCurves(target, survival(held.logits(target)), at_most, comes, held.episode)
 
     def _hold_against_truth(self) -> _Held:
