@@ -14,7 +14,7 @@ An action is held for four frames and an episode lasts 100 actions at most. Half
 ones hardly ever crash: the budget is set in between, where there is something to see.
 
 What comes out goes to the terminal and to outputs/lunar_lander/: results.md, results.json, figure.png, episode.gif, and the
-answerer itself, lander.qa.
+answerer itself, lander.qa; the model is lander.zip.
 """
 
 from __future__ import annotations
@@ -327,6 +327,7 @@ def main(args: Args) -> None:
 
     model = train(args)
     qa = QuestionAnswerer.from_model(model)
+    model.save(args.out / "lander.zip")
     qa.save(args.out / "lander.qa")
     trained = time.perf_counter()
     arms, record = compare(args, model, qa)

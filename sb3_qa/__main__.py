@@ -10,6 +10,7 @@ from sb3_qa.errors import QAError
 
 COMMANDS = {
     "ask": "step an environment in the terminal, and ask its agent questions",
+    "report": "play episodes and write one HTML page about the answers",
     "review": "list the flags, vetoes and catastrophes of a flight record, and show one",
     "study": "measure whether joint training is as cheap and as good as hoped, and report it",
 }

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from sb3_qa.errors import QAError
 from sb3_qa.scores import Reliability
 
-__all__ = ["draw_answers", "new_figure", "plot_reliability", "plot_risk", "write_gif"]
+__all__ = ["draw_answers", "new_figure", "plot_numbers", "plot_reliability", "plot_risk", "plot_survival", "write_gif"]
 
 Frame = NDArray[np.uint8]
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by everybody
@@ -104,6 +104,59 @@ def plot_risk(
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.97))
+
+
+def plot_survival(
+    axes: Any, groups: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]], title: str = ""
+) -> None:
+    """Draw survival curves answered (dashed) against what happened (solid, its 95 % interval shaded), by group of decisions.
+
+    :param axes: of matplotlib
+    :param groups: by label, each (said, seen, low, high) of shape (K + 1,), the share without the event after 0 .. K steps
+    """
+    lowest = 1.0
+    for n, (label, curves) in enumerate(groups.items()):
+        said, seen, low, high = (np.asarray(curve, float) for curve in curves)
+        step, colour = np.arange(len(said)), COLOURS[n % len(COLOURS)]
+        axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step, seen, color=colour, linewidth=1.6, label=label)
+        axes.plot(step, said, color=colour, linewidth=1.2, linestyle="--")
+        lowest = np.nanmin(
+            [lowest, np.nanmin(said), np.nanmin(seen), np.nanmin(low) if np.isfinite(low).any() else 1.0]
+        )
+    axes.plot([], [], color="0.3", linewidth=1.2, linestyle="--", label="answered")
+    axes.plot([], [], color="0.3", linewidth=1.6, label="happened")
+    bottom = max(lowest - 0.1 * (1.02 - lowest), -0.02)
+    axes.set(
+        ylim=(bottom, 1.0 + 0.05 * (1.0 - bottom)), xlabel="steps from the decision", ylabel="share still without it"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+
+
+def plot_numbers(axes: Any, said: ArrayLike, truth: ArrayLike, title: str = "", bins: int = 12) -> None:
+    """Draw numbers answered against true ones: for as many decisions a point, its mean and the middle 80 % of what was true.
+
+    :param axes: of matplotlib
+    :param said: (n,), means of the answers
+    :param truth: (n,)
+    """
+    x, y = np.asarray(said, float), np.asarray(truth, float)
+    groups = [part for part in np.array_split(np.argsort(x, kind="stable"), min(bins, max(len(x), 1))) if len(part)]
+    if not groups:
+        raise QAError("plot_numbers got no answers; expected at least one; score some decisions first")
+    middle = np.array([x[part].mean() for part in groups])
+    mean = np.array([y[part].mean() for part in groups])
+    low, high = np.array([np.quantile(y[part], [0.1, 0.9]) for part in groups]).T
+    ends = [min(middle.min(), low.min()), max(middle.max(), high.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, linestyle="--", zorder=1)
+    axes.vlines(middle, low, high, color=COLOURS[0], linewidth=1.2, alpha=0.6, label="middle 80 % of the truth")
+    axes.scatter(middle, mean, 24, color=COLOURS[0], zorder=3, label="mean of the truth")
+    axes.set(xlabel="number answered", ylabel="number that was true")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def draw_answers(

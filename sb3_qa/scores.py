@@ -37,6 +37,7 @@ __all__ = [
     "ratio_interval",
     "reliability",
     "score",
+    "survival_intervals",
     "wilson_interval",
 ]
 
@@ -347,6 +348,59 @@ def ratio_interval(
         return scale * a[index].sum(axis=-1) / b[index].sum(axis=-1)
 
     return _percentiles(scale * a.sum() / b.sum(), resampled, a.size, level, n_resamples, seed)
+
+
+def survival_intervals(
+    known: ArrayLike,
+    event: ArrayLike,
+    horizon: int,
+    *,
+    episode: ArrayLike,
+    level: float = 0.95,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> tuple[Floats, Floats, Floats]:
+    """How long it really took: the share without the event after 0 .. horizon steps, where some futures were cut.
+
+    The product-limit estimate (Kaplan and Meier 1958): at every step, the share of the futures still followed that have the
+    event there. Its bounds are percentiles over resampled *episodes*, whose decisions are alike.
+
+    :param known: (n,), steps whose outcome is known, at least 1
+    :param event: (n,), whether the last of them is the event
+    :param episode: (n,), the episode that each is of
+    :return: estimate, lower and upper bounds, each (horizon + 1,); bounds of a single episode are nan
+
+    >>> survival_intervals([1, 2, 2], [True, False, True], 2, episode=[0, 1, 2])[0].round(3).tolist()
+    [1.0, 0.667, 0.333]
+    """
+    steps, happened = _finite(known, "known").ravel(), _finite(event, "event").ravel() != 0
+    _same_shape(steps, "known", happened.astype(np.float64), "event")
+    horizon = _at_least_1(horizon, "horizon")
+    names, group = np.unique(np.asarray(episode), return_inverse=True)
+    n = len(names)
+    last = np.minimum(steps, horizon).astype(np.int64)
+    deaths, exits = np.zeros((2, n, horizon + 1))
+    np.add.at(deaths, (group, last), happened & (steps <= horizon))
+    np.add.at(exits, (group, last), 1.0)
+    at_risk = np.cumsum(exits[:, ::-1], axis=1)[:, ::-1]  # of futures that are known for j steps at least
+
+    def curve(weights: Floats) -> Floats:
+        followed = weights @ at_risk[:, 1:]
+        hazard = (weights @ deaths[:, 1:]) / np.maximum(followed, 1.0)
+        hazard = np.where(followed > 0, hazard, np.nan)  # nobody was followed for so long
+        return np.concatenate([np.ones((len(weights), 1)), np.cumprod(1.0 - hazard, axis=1)], axis=1)
+
+    estimate = curve(np.ones((1, n)))[0]
+    if n == 1:
+        return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+    tail = (1 - _level(level)) / 2
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
+    with np.errstate(all="ignore"):
+        curves = curve(drawn)
+        seen = ~np.isnan(estimate)
+        bounds = np.full((2, horizon + 1), np.nan)
+        bounds[:, seen] = np.nanquantile(curves[:, seen], [tail, 1 - tail], axis=0)
+    return estimate, bounds[0], bounds[1]
 
 
 def _percentiles(

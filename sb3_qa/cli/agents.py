@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
+from sb3_qa.evaluation import seeded_vec_env
 from sb3_qa.memory import Memory
 from sb3_qa.policies import QAPolicyMixin, algorithms, stock_policies
 
@@ -45,6 +48,18 @@ class Agent:
         if self.model is not None and memory is None:
             return np.asarray(self.model.predict(obs, deterministic=deterministic)[0])
         return self.qa.read(obs, memory).preferred()
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[NDArray[Any], Any]:
+        """As a model's ``predict()``, for :func:`~sb3_qa.evaluation.run_episodes`; an answerer takes the action it likes best."""
+        if self.model is not None:
+            return self.model.predict(observation, state, episode_start, deterministic)
+        memory = state if state is not None else self.qa.blank(observation)
+        if memory is not None:
+            memory = Memory(memory.state, np.array(episode_start, np.bool_))
+        reading = self.qa.read(observation, memory)
+        return reading.preferred(), reading.remembered(np.zeros(len(reading), np.bool_))
 
 
 def load_agent(path: Path, algorithm: str | None = None) -> Agent:
@@ -95,14 +110,23 @@ def _fit(algorithm: type[BaseAlgorithm], data: dict[str, Any]) -> float:
 
 
 def make_env(
-    name: str, kwargs: str = "{}", *, frame_stack: int = 1, normalize: Path | None = None, render: bool = True
+    name: str,
+    kwargs: str = "{}",
+    *,
+    frame_stack: int = 1,
+    normalize: Path | None = None,
+    render: bool | str = True,
+    n_envs: int = 1,
+    seed: int | None = None,
 ) -> VecEnv:
-    """One environment, wrapped as SB3 wraps it for a policy.
+    """Environments, one if not told otherwise, wrapped as SB3 wraps them for a policy.
 
     :param name: of a registered environment; ``module:Name-v0`` imports the module first
     :param kwargs: for ``gym.make``, as JSON
     :param frame_stack: how many observations the policy sees at once
     :param normalize: statistics saved by ``VecNormalize.save``
+    :param render: whether it shows itself, in text if it can, else in frames; or the one mode that is wanted, if it has it
+    :param seed: of the first episode, the next one having the next seed and so on; not seeded if None
     :raises QAError: when it cannot be made
     """
     try:
@@ -113,9 +137,10 @@ def make_env(
             f"--env-kwargs got {kwargs!r}; expected a JSON object; write e.g. '{{\"gravity\": -9.0}}'"
         ) from None
     if render and "render_mode" not in given:
-        given["render_mode"] = _render_mode(name)
+        given["render_mode"] = _render_mode(name, [render] if isinstance(render, str) else ["ansi", "rgb_array"])
+    make = partial(gym.make, name, **given)
     try:
-        env: VecEnv = DummyVecEnv([lambda: gym.make(name, **given)])
+        env: VecEnv = DummyVecEnv([make] * n_envs) if seed is None else seeded_vec_env(make, n_envs, seed)
     except gym.error.Error as error:
         raise QAError(
             f"--env got {name!r} ({error}); expected a registered environment; write module:Name-v0 to import the module that "
@@ -154,12 +179,12 @@ def as_seen_by(agent: Agent, env: VecEnv) -> VecEnv:
     return env
 
 
-def _render_mode(name: str) -> str | None:
-    """Text where the environment can show itself so, else frames."""
+def _render_mode(name: str, wanted: Sequence[str]) -> str | None:
+    """The first of these ways in which the environment can show itself."""
     try:
         env = gym.make(name)
     except Exception:  # gym.make says it better, later
         return None
     modes = env.metadata.get("render_modes", [])
     env.close()
-    return next((mode for mode in ("ansi", "rgb_array") if mode in modes), None)
+    return next((mode for mode in wanted if mode in modes), None)
