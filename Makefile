@@ -20,9 +20,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# One of them drives in envpool's highway, which is large and so is installed for these alone.
+# What some of them need is large, and so is installed for these alone: envpool's highway, and rl_zoo3.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,highway]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,highway,zoo]'
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
 check: $(VENV)/.installed

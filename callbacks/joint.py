@@ -27,7 +27,7 @@ from sb3_qa.taps import CRITIC_ONLY, of_family, plain
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
-__all__ = ["QACallback", "bind_wrappers"]
+__all__ = ["QACallback", "bind_wrappers", "eval_callbacks"]
 
 LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
 
@@ -78,10 +78,12 @@ class QACallback(BaseCallback):
             raise QAError(
                 f"QACallback got {type(self.model).__name__}; expected an algorithm with a rollout or replay buffer; use e.g. PPO or SAC"
             )
-        if isinstance(self.model.policy_kwargs.get("questions"), (str, PathLike)):
-            # The model is saved with its questions, not with the path of a file that may change or be elsewhere.
-            told = dump_questions(self._policy.qa_head.catalogue.questions)
-            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": told}
+        # The model is saved with its questions, not with the path of a file that may change or be elsewhere, nor without them.
+        given, questions = self.model.policy_kwargs.get("questions"), self._policy.qa_head.catalogue.questions
+        if isinstance(given, (str, PathLike)):
+            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": dump_questions(questions)}
+        elif given is None:  # they are the class's
+            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": list(questions)}
         if self.store == "executed" and not isinstance(self.model, OffPolicyAlgorithm):
             raise QAError(
                 f'QACallback got store="executed" with {type(self.model).__name__}; expected an algorithm with a replay buffer, as an '
@@ -108,8 +110,8 @@ class QACallback(BaseCallback):
         answerer = QuestionAnswerer.from_model(model)
         bind_wrappers(model.get_env(), answerer, model.gamma)  # type: ignore[attr-defined]
         _check_same_observations(model.get_env(), model._last_obs)
-        for env in _eval_envs(self.locals.get("callback")):
-            bind_wrappers(env, answerer, model.gamma)  # type: ignore[attr-defined]
+        for sibling in eval_callbacks(self.locals.get("callback")):
+            bind_wrappers(sibling.eval_env, answerer, model.gamma)  # type: ignore[attr-defined]
         joint = self._policy.qa_joint
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
@@ -215,17 +217,17 @@ def _check_same_observations(env: VecEnv | None, seen: Any) -> None:
             )
 
 
-def _eval_envs(callback: Any) -> Iterator[VecEnv]:
-    """Environments that callbacks hold, e.g. an EvalCallback's."""
+def eval_callbacks(callback: Any) -> Iterator[Any]:
+    """Callbacks that hold an ``eval_env``, e.g. an EvalCallback."""
     if isinstance(getattr(callback, "eval_env", None), VecEnv):
-        yield callback.eval_env
+        yield callback
     children = [
         *getattr(callback, "callbacks", []),
         *(getattr(callback, name, None) for name in ("callback", "callback_after_eval")),
     ]
     for child in children:
         if isinstance(child, BaseCallback):
-            yield from _eval_envs(child)
+            yield from eval_callbacks(child)
 
 
 def _check_horizons(catalogue: Catalogue, n_steps: int) -> None:

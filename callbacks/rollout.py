@@ -15,7 +15,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
 from sb3_qa.errors import QAError
@@ -28,6 +28,7 @@ from sb3_qa.questions import Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.sampling import SHARDS, SampledLabels, Shard, drawn
 from sb3_qa.truth import Step
+from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
 __all__ = ["Recorder", "Rollout"]
@@ -203,8 +204,7 @@ class Recorder:
 
     def _raw_obs(self, obs: Any) -> Any:
         """Observations before VecNormalize, for facts in the environment's own units."""
-        normalize = observation_normalizer(self.model.get_env())
-        return obs if normalize is None else normalize.unnormalize_obs(obs)
+        return own_units(self.model.get_env(), obs)
 
     def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
         """The environment's own rewards: before shaping wrappers, and before VecNormalize."""
