@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import label_rows, still_holds, stop_labelling
+from sb3_qa.callbacks.pictures import Pictures, draws, log_hparams
 from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
@@ -46,6 +47,9 @@ class QACallback(BaseCallback):
     :param verbose: as in SB3
     :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
         environment answered to it, or the "executed"
+    :param figures: environment steps between figures for TensorBoard: ``qa/<name>/reliability`` and ``qa/<name>/survival``, of
+        the same answers as the scores; 0 for none. Needs matplotlib
+    :param hparams: tell TensorBoard's HParams of the agent's and the questions' hyperparameters
     :param memory: of rare events, for an on-policy algorithm: keeps answering well about catastrophes that the agent has learnt
         to avoid, see :class:`~sb3_qa.rare_events.RareEventMemory`
     """
@@ -55,12 +59,17 @@ class QACallback(BaseCallback):
         verbose: int = 0,
         store: Literal["proposed", "executed"] = "proposed",
         memory: RareEventMemory | None = None,
+        *,
+        figures: int = 0,
+        hparams: bool = False,
     ) -> None:
         super().__init__(verbose)
         if store not in ("proposed", "executed"):
             raise QAError(f'QACallback got store={store!r}; expected "proposed" or "executed"; give one of them')
         self.store = store
         self.memory = memory
+        self.hparams = hparams
+        self.pictures = Pictures(figures) if figures else None
         self._recorder: Recorder | None = None
 
     @property
@@ -134,6 +143,11 @@ class QACallback(BaseCallback):
             assert isinstance(model, OffPolicyAlgorithm)
             replay = Replay(model, answerer, executed=self.store == "executed")
             self._recorder, joint.store = replay, replay.store
+        if self.pictures is not None and draws(self.logger):
+            self._recorder.pictures = self.pictures
+            self.pictures.start(self.num_timesteps)
+        if self.hparams:
+            log_hparams(self.logger, model)
 
     @property
     def _buffer(self) -> BaseBuffer:
@@ -161,6 +175,8 @@ class QACallback(BaseCallback):
         elif len(joint.losses) < LOSSES:
             return  # some hundred minibatches are logged together
         self._recorder.log(self.logger)
+        if self._recorder.pictures is not None:
+            self._recorder.pictures.log(self.logger, self.num_timesteps)
         if joint.losses:  # of the update before
             losses = torch.stack(joint.losses)
             means = (losses.nanmean(dim=0) if losses.isnan().any() else losses.mean(dim=0)).tolist()

@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
+from sb3_qa.callbacks.pictures import Pictures
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader, needs_steps
 from sb3_qa.head import QAHead, survival
@@ -50,6 +51,7 @@ class Recorder:
         self._needs_steps = any(needs_steps(question.truth.fact) for question in self.catalogue.questions)
         self.reader = FactReader(self.targets)
         self.episodes = EpisodeLog(model.n_envs)
+        self.pictures: Pictures | None = None
         self._checked = False
         env = model.get_env()
         assert env is not None
@@ -310,7 +312,9 @@ class Rollout(Recorder):
         obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
         memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None
         room = flatten_rows(room_until(self._cuts))[rows]
-        score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory)
+        score_questions(
+            logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory, self.pictures
+        )
 
     def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""

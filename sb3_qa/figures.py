@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from sb3_qa.errors import QAError
 from sb3_qa.scores import Reliability
 
-__all__ = ["draw_answers", "new_figure", "plot_reliability", "plot_risk", "write_gif"]
+__all__ = ["draw_answers", "new_figure", "plot_reliability", "plot_risk", "plot_survival", "write_gif"]
 
 Frame = NDArray[np.uint8]
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by everybody
@@ -60,6 +60,26 @@ def plot_reliability(axes: Any, curves: Mapping[str, Reliability], title: str = 
     axes.set_aspect("equal")
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def plot_survival(axes: Any, answered: ArrayLike, observed: ArrayLike, title: str = "") -> None:
+    """Draw how the share without the event falls with the steps ahead: as answered, and as it happened.
+
+    :param axes: of matplotlib
+    :param answered: (K + 1,), mean of the answerer's curves, from 1
+    :param observed: (K + 1,), from :func:`sb3_qa.scores.kaplan_meier`; where it is nan nothing is drawn
+    """
+    said, happened = np.asarray(answered, float), np.asarray(observed, float)
+    if said.shape != happened.shape or said.ndim != 1:
+        raise QAError(
+            f"plot_survival got curves of the shapes {said.shape} and {happened.shape}; expected both (K + 1,); give them up to one horizon"
+        )
+    step = np.arange(len(said))
+    axes.step(step, happened, where="post", color="0.4", linewidth=1.2, label="happened (Kaplan-Meier)")
+    axes.plot(step, said, color=COLOURS[0], linewidth=1.2, marker="o", markersize=3, label="answered (mean)")
+    axes.set(xlim=(0, len(said) - 1), ylim=(-0.03, 1.03), xlabel="steps ahead", ylabel="share without the event")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 def plot_risk(
