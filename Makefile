@@ -20,9 +20,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# What the tasks of the study play in is large, and some tests look at pages in a browser: installed for these alone.
+# What some of them need is large, and so is installed for these alone: the study's environments, rl_zoo3, a browser's driver.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study,browser]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study,browser,zoo]'
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gym-microrts==0.4.3
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 	$(BIN)/python -m pytest tests/test_study_tasks.py $(ARGS)

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import label_rows, still_holds, stop_labelling
+from sb3_qa.callbacks.pictures import Pictures, draws, log_hparams
 from sb3_qa.callbacks.replay import Replay
 from sb3_qa.callbacks.rollout import Recorder, Rollout
 from sb3_qa.errors import QAError
@@ -27,7 +28,7 @@ from sb3_qa.taps import CRITIC_ONLY, of_family, plain
 from sb3_qa.wrappers.shape import ShapeRule
 from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
-__all__ = ["QACallback", "bind_wrappers"]
+__all__ = ["QACallback", "bind_wrappers", "eval_callbacks"]
 
 LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
 
@@ -46,6 +47,9 @@ class QACallback(BaseCallback):
     :param verbose: as in SB3
     :param store: with a replay buffer, which action is stored where a wrapper executed another one: the "proposed", as the
         environment answered to it, or the "executed"
+    :param figures: environment steps between figures for TensorBoard: ``qa/<name>/reliability`` and ``qa/<name>/survival``, of
+        the same answers as the scores; 0 for none. Needs matplotlib
+    :param hparams: tell TensorBoard's HParams of the agent's and the questions' hyperparameters
     :param memory: of rare events, for an on-policy algorithm: keeps answering well about catastrophes that the agent has learnt
         to avoid, see :class:`~sb3_qa.rare_events.RareEventMemory`
     """
@@ -55,12 +59,17 @@ class QACallback(BaseCallback):
         verbose: int = 0,
         store: Literal["proposed", "executed"] = "proposed",
         memory: RareEventMemory | None = None,
+        *,
+        figures: int = 0,
+        hparams: bool = False,
     ) -> None:
         super().__init__(verbose)
         if store not in ("proposed", "executed"):
             raise QAError(f'QACallback got store={store!r}; expected "proposed" or "executed"; give one of them')
         self.store = store
         self.memory = memory
+        self.hparams = hparams
+        self.pictures = Pictures(figures) if figures else None
         self._recorder: Recorder | None = None
 
     @property
@@ -78,10 +87,12 @@ class QACallback(BaseCallback):
             raise QAError(
                 f"QACallback got {type(self.model).__name__}; expected an algorithm with a rollout or replay buffer; use e.g. PPO or SAC"
             )
-        if isinstance(self.model.policy_kwargs.get("questions"), (str, PathLike)):
-            # The model is saved with its questions, not with the path of a file that may change or be elsewhere.
-            told = dump_questions(self._policy.qa_head.catalogue.questions)
-            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": told}
+        # The model is saved with its questions, not with the path of a file that may change or be elsewhere, nor without them.
+        given, questions = self.model.policy_kwargs.get("questions"), self._policy.qa_head.catalogue.questions
+        if isinstance(given, (str, PathLike)):
+            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": dump_questions(questions)}
+        elif given is None:  # they are the class's
+            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": list(questions)}
         if self.store == "executed" and not isinstance(self.model, OffPolicyAlgorithm):
             raise QAError(
                 f'QACallback got store="executed" with {type(self.model).__name__}; expected an algorithm with a replay buffer, as an '
@@ -108,8 +119,8 @@ class QACallback(BaseCallback):
         answerer = QuestionAnswerer.from_model(model)
         bind_wrappers(model.get_env(), answerer, model.gamma)  # type: ignore[attr-defined]
         _check_same_observations(model.get_env(), model._last_obs)
-        for env in _eval_envs(self.locals.get("callback")):
-            bind_wrappers(env, answerer, model.gamma)  # type: ignore[attr-defined]
+        for sibling in eval_callbacks(self.locals.get("callback")):
+            bind_wrappers(sibling.eval_env, answerer, model.gamma)  # type: ignore[attr-defined]
         joint = self._policy.qa_joint
         limit = getattr(model, "max_grad_norm", None)
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
@@ -132,6 +143,11 @@ class QACallback(BaseCallback):
             assert isinstance(model, OffPolicyAlgorithm)
             replay = Replay(model, answerer, executed=self.store == "executed")
             self._recorder, joint.store = replay, replay.store
+        if self.pictures is not None and draws(self.logger):
+            self._recorder.pictures = self.pictures
+            self.pictures.start(self.num_timesteps)
+        if self.hparams:
+            log_hparams(self.logger, model)
 
     @property
     def _buffer(self) -> BaseBuffer:
@@ -159,6 +175,8 @@ class QACallback(BaseCallback):
         elif len(joint.losses) < LOSSES:
             return  # some hundred minibatches are logged together
         self._recorder.log(self.logger)
+        if self._recorder.pictures is not None:
+            self._recorder.pictures.log(self.logger, self.num_timesteps)
         if joint.losses:  # of the update before
             losses = torch.stack(joint.losses)
             means = (losses.nanmean(dim=0) if losses.isnan().any() else losses.mean(dim=0)).tolist()
@@ -215,17 +233,17 @@ def _check_same_observations(env: VecEnv | None, seen: Any) -> None:
             )
 
 
-def _eval_envs(callback: Any) -> Iterator[VecEnv]:
-    """Environments that callbacks hold, e.g. an EvalCallback's."""
+def eval_callbacks(callback: Any) -> Iterator[Any]:
+    """Callbacks that hold an ``eval_env``, e.g. an EvalCallback."""
     if isinstance(getattr(callback, "eval_env", None), VecEnv):
-        yield callback.eval_env
+        yield callback
     children = [
         *getattr(callback, "callbacks", []),
         *(getattr(callback, name, None) for name in ("callback", "callback_after_eval")),
     ]
     for child in children:
         if isinstance(child, BaseCallback):
-            yield from _eval_envs(child)
+            yield from eval_callbacks(child)
 
 
 def _check_horizons(catalogue: Catalogue, n_steps: int) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sb3_qa import scores
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
+from sb3_qa.callbacks.pictures import Pictures
 from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
 from sb3_qa.memory import Memory
@@ -70,6 +71,7 @@ def score_questions(
     actions: NDArray[Any],
     room: NDArray[np.int64],
     memory: Memory | None = None,
+    pictures: Pictures | None = None,
 ) -> None:
     """Score answers about transitions that the agent has not been trained on yet.
 
@@ -80,6 +82,7 @@ def score_questions(
     :param actions: (n, *action_shape), as executed
     :param room: (n,) number of steps from each row to the cut its future runs into
     :param memory: of a recurrent policy, what it remembered when it saw them
+    :param pictures: what is to be drawn of them
     """
     reading = answerer.read(obs, memory, keep=False)
     catalogue = answerer.catalogue
@@ -94,6 +97,7 @@ def score_questions(
         )
     about_action = reading.action_logits(actions, panel) if store.features is not None else None
     about_states = reading.state_logits(panel)
+    drawn: set[int] = set()
     offset = catalogue.n_state_logits if panel is None else panel.n_state
     for question in catalogue.questions:
         figures: dict[str, list[float]] = {}
@@ -108,8 +112,15 @@ def score_questions(
             truth = truths(instance, store, answerer, rows, room)
             known = ~np.isnan(truth)
             if known.any():
-                for name, figure in _figures(decode(instance, logits[known]), truth[known]).items():
+                answer = decode(instance, logits[known])
+                for name, figure in _figures(answer, truth[known]).items():
                     figures.setdefault(name, []).append(figure)
+                if pictures is not None:
+                    pictures.see(instance, answer, truth[known])
+            if pictures is not None and target.kind == "event" and target.start not in drawn:
+                drawn.add(target.start)  # horizons of one curve
+                told = store.times[catalogue.target_of[instance.key].start]
+                pictures.see_curves(instance, logits, told.known[rows], told.event[rows])
         for name, values in figures.items():
             finite = [value for value in values if np.isfinite(value)]
             if finite:

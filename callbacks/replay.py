@@ -167,7 +167,9 @@ class Replay(Recorder):
     ) -> None:
         self._scored = self.model.num_timesteps
         obs = self._observations(self.buffer.observations, rows)
-        score_questions(self.model.logger, self.answerer, labels, np.arange(len(rows)), obs, actions, room)
+        score_questions(
+            self.model.logger, self.answerer, labels, np.arange(len(rows)), obs, actions, room, pictures=self.pictures
+        )
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""

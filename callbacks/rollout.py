@@ -15,9 +15,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-from sb3_qa.answerer import QuestionAnswerer, Reading, observation_normalizer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
+from sb3_qa.callbacks.pictures import Pictures
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader, needs_steps
 from sb3_qa.head import QAHead, survival
@@ -28,6 +29,7 @@ from sb3_qa.questions import Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.sampling import SHARDS, SampledLabels, Shard, drawn
 from sb3_qa.truth import Step
+from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 
 __all__ = ["Recorder", "Rollout"]
@@ -49,6 +51,7 @@ class Recorder:
         self._needs_steps = any(needs_steps(question.truth.fact) for question in self.catalogue.questions)
         self.reader = FactReader(self.targets)
         self.episodes = EpisodeLog(model.n_envs)
+        self.pictures: Pictures | None = None
         self._checked = False
         env = model.get_env()
         assert env is not None
@@ -203,8 +206,7 @@ class Recorder:
 
     def _raw_obs(self, obs: Any) -> Any:
         """Observations before VecNormalize, for facts in the environment's own units."""
-        normalize = observation_normalizer(self.model.get_env())
-        return obs if normalize is None else normalize.unnormalize_obs(obs)
+        return own_units(self.model.get_env(), obs)
 
     def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
         """The environment's own rewards: before shaping wrappers, and before VecNormalize."""
@@ -310,7 +312,9 @@ class Rollout(Recorder):
         obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
         memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None
         room = flatten_rows(room_until(self._cuts))[rows]
-        score_questions(logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory)
+        score_questions(
+            logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory, self.pictures
+        )
 
     def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""

@@ -13,8 +13,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
@@ -24,6 +23,7 @@ from sb3_qa.panel import Panel
 from sb3_qa.questions import UNTAUGHT, Catalogue, Instance, nearest
 from sb3_qa.taps import plain
 from sb3_qa.understanding import Understanding
+from sb3_qa.units import observation_normalizer
 from sb3_qa.values import PointValues
 
 __all__ = ["QuestionAnswerer", "Reading"]
@@ -465,15 +465,6 @@ class QuestionAnswerer:
 def _streams_of(device: torch.device) -> str:
     """The kind of device whose random stream is kept besides the CPU's."""
     return "cuda" if device.type == "cpu" else device.type
-
-
-def observation_normalizer(env: Any) -> VecNormalize | None:
-    """The VecNormalize around an SB3 environment that normalises observations, if there is one."""
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize) and env.norm_obs:
-            return env
-        env = env.venv
-    return None
 
 
 def _length(obs: Any) -> int:

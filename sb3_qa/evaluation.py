@@ -35,6 +35,7 @@ from sb3_qa.scores import (
     score,
 )
 from sb3_qa.truth import Fact, Step
+from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import row
 
 __all__ = [
@@ -467,7 +468,7 @@ class _Raw:
         return steps
 
     def _obs(self, obs: Any) -> Any:
-        return self.normalize.unnormalize_obs(obs) if self.normalize is not None and self.normalize.norm_obs else obs
+        return own_units(self.venv, obs)
 
 
 class _Judge:

@@ -117,6 +117,11 @@ def plot_survival(
     lowest = 1.0
     for n, (label, curves) in enumerate(groups.items()):
         said, seen, low, high = (np.asarray(curve, float) for curve in curves)
+        if said.ndim != 1 or not said.shape == seen.shape == low.shape == high.shape:
+            raise QAError(
+                f"plot_survival got curves of the shapes {[np.shape(curve) for curve in curves]}; expected all (K + 1,); give them up to "
+                "one horizon"
+            )
         step, colour = np.arange(len(said)), COLOURS[n % len(COLOURS)]
         axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(step, seen, color=colour, linewidth=1.6, label=label)

@@ -33,6 +33,7 @@ __all__ = [
     "brier_choice",
     "calibration_error",
     "false_alarm_rate",
+    "kaplan_meier",
     "log_loss",
     "ratio_interval",
     "reliability",
@@ -155,6 +156,29 @@ def reliability(probability: ArrayLike, outcome: ArrayLike, bins: int = 10) -> R
     low, high = wilson_interval(sum_y, count)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin is the nan we want
         return Reliability(sum_p / count, sum_y / count, count, low, high)
+
+
+def kaplan_meier(time: ArrayLike, event: ArrayLike, horizon: int) -> Floats:
+    """Share without the event after 0..horizon steps, of futures that may be cut before it (Kaplan and Meier 1958).
+
+    ``nan`` from where no future is followed any longer.
+
+    :param time: (n,), steps up to the event, or up to where the future is cut, at least 0
+    :param event: (n,), whether it is the event
+    :return: (horizon + 1,), from 1
+    """
+    t, happened = _finite(time, "time"), np.asarray(event, np.bool_)
+    _require(
+        t.ndim == 1 and t.shape == happened.shape,
+        f"time of shape {t.shape} and event of {happened.shape}",
+        "both (n,)",
+        "flatten",
+    )
+    _require(horizon >= 1, f"horizon={horizon}", "at least 1 step", "give the longest one asked about")
+    at_risk = np.array([(t >= step).sum() for step in range(1, horizon + 1)], np.float64)
+    events = np.array([(happened & (t == step)).sum() for step in range(1, horizon + 1)], np.float64)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nobody is left is the nan we want
+        return np.concatenate([[1.0], np.cumprod(1.0 - events / at_risk)])
 
 
 def wilson_interval(events: ArrayLike, count: ArrayLike, *, level: float = 0.95) -> tuple[Floats, Floats]:

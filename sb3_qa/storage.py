@@ -27,6 +27,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.facts import FactOf
 from sb3_qa.language import EmbeddingEncoder, StoredEmbeddings
 from sb3_qa.policies import QAPolicyMixin, algorithms, qa_policy, stock_policies
+from sb3_qa.policies.mixin import LEARNERS
 from sb3_qa.question_file import fact_of_data
 from sb3_qa.questions import AnswerKind, Choice, Number, Question, YesNo
 from sb3_qa.truth import Truth
@@ -126,6 +127,7 @@ def load_answerer(path: str | PathLike[str], device: str | torch.device, classes
         raise QAError(
             f"{os.fspath(path)} does not hold together ({type(error).__name__}: {error}); expected what save() wrote; save it again"
         ) from error
+    LEARNERS.discard(policy)
     policy.to(device)
     policy.set_training_mode(False)
     for parameter in policy.state_dict(keep_vars=True).values():

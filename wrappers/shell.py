@@ -167,7 +167,8 @@ class Rule:
         if self.qa is None and self.unbound == "error":
             raise QAError(
                 f"{self.name} has no answerer yet; expected one before the first step; train with callback=QACallback(), pass "
-                'qa=, call .bind(QuestionAnswerer.from_model(model)), or let it pass with unbound="pass"'
+                "qa=, call .bind(QuestionAnswerer.from_model(model)), in rl_zoo3 name the wrappers of sb3_qa.zoo, or let it pass with "
+                'unbound="pass"'
             )
         return self.qa is not None
 

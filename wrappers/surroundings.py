@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_qa.answerer import observation_normalizer
 from sb3_qa.facts import fact_of_slots
 from sb3_qa.truth import Step
+from sb3_qa.units import observation_normalizer, own_units
 from sb3_qa.wrappers.shell import Arrival, row
 
 __all__ = ["Fact", "Ring", "by_name", "environments_in", "frames_of", "seed_of"]
@@ -109,7 +109,7 @@ class Fact:
         )
         normalize = observation_normalizer(env)
         if normalize is not None:
-            obs = normalize.unnormalize_obs(obs)
+            obs = own_units(env, obs)
             if normalize.norm_reward:
                 rewards = normalize.get_original_reward()
         whole, steps = not isinstance(obs, dict), []
@@ -119,7 +119,7 @@ class Fact:
             arrived = obs[i] if whole else row(obs, i)
             if done_ and "terminal_observation" in info:
                 arrived = info["terminal_observation"]
-                arrived = arrived if normalize is None else normalize.unnormalize_obs(arrived)
+                arrived = arrived if normalize is None else own_units(env, arrived)
             reward = info.get("qa/raw_reward", reward)
             steps.append(Step(arrived, executed[i], reward, over, done_ and not over, info))
         return steps

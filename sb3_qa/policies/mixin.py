@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ __all__ = ["QAPolicyMixin"]
 
 T = TypeVar("T", bound=Callable[..., Any])
 
+LEARNERS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Policies of models, made or loaded in this process; those of answerers from files are none."""
+
 
 class QAPolicyMixin:
     """Adds a question-answering head to an SB3 policy. Use it through :func:`sb3_qa.policies.qa_policy`.
@@ -34,7 +38,8 @@ class QAPolicyMixin:
     ``parameters()`` yields the agent's own parameters, which is what SB3 clips the gradient of; the head's are
     ``qa_head.parameters()``. ``named_parameters()``, ``state_dict()`` and the optimiser hold both.
 
-    :param questions: what is to be answered: a list of questions, or a question file, see :mod:`sb3_qa.question_file`
+    :param questions: what is to be answered: a list of questions, or a question file, see :mod:`sb3_qa.question_file`; None for those
+        in ``questions`` of a class that was derived from this one
     :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off
     :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint) to 0 (the head only listens)
     :param qa_net_arch: widths of the head's own layers
@@ -66,8 +71,11 @@ class QAPolicyMixin:
         **kwargs: Any,
     ) -> None:
         if questions is None:
+            questions = getattr(type(self), "questions", None)
+        if questions is None:
             raise QAError(
-                f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...])"
+                f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...]), or, where "
+                "those are overwritten (as by rl_zoo3's -optimize), name a class of your own: class Mine(QAMlpPolicy): questions = [...]"
             )
         questions = load_questions(questions)
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
@@ -117,6 +125,7 @@ class QAPolicyMixin:
                 network.register_load_state_dict_pre_hook(_with_own_head)
         self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
+        LEARNERS.add(self)
 
     def qa_join(self) -> None:
         """Tap the readouts and join the optimiser, where a new one of them has been put in; done again, it changes nothing."""

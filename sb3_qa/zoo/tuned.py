@@ -1,0 +1,66 @@
+"""rl_zoo3's tuned hyperparameters, with a question about the end of the episode for every environment."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_qa.errors import QAError
+from sb3_qa.policies import qa_policy, stock_policies
+
+__all__ = ["QUESTIONS", "policies", "tuned"]
+
+QUESTIONS = [
+    {
+        "name": "end",
+        "text": "Will the episode terminate within {k} steps if I choose {action}?",
+        "truth": {"eventually": {"step": "terminated"}, "within": "k"},
+        "k": [1, 5, 20],
+    }
+]
+"""What can be asked of every environment."""
+
+CALLBACK = "sb3_qa.zoo.QACallback"
+
+
+def policies(algorithm: type[BaseAlgorithm], module: str) -> dict[str, type[BasePolicy]]:
+    """An algorithm's policies, by its names for them, with questions of their own, which ``-optimize`` cannot overwrite.
+
+    :param module: where they are to be found again, by pickle
+    """
+    made: dict[str, type[BasePolicy]] = {}
+    for name, stock in stock_policies(algorithm).items():
+        base = qa_policy(stock)
+        namespace = {"__module__": module, "__qualname__": name, "__doc__": stock.__doc__, "questions": QUESTIONS}
+        metaclass: Any = type(base)
+        made[name] = metaclass(base.__name__, (base,), namespace)  # algorithms ask for their policies by that name
+    return made
+
+
+def tuned(algorithm: type[BaseAlgorithm], file: str, module: str) -> dict[str, dict[str, Any]]:
+    """rl_zoo3's hyperparameters by environment, with the policies of ``module`` and the callback that teaches them.
+
+    :param file: name of rl_zoo3's file, without its ending
+    :raises QAError: when rl_zoo3 is not installed
+    """
+    if importlib.util.find_spec("rl_zoo3") is None:
+        raise QAError(f"{module} needs rl_zoo3, which is not installed; expected it; pip install 'sb3-qa[zoo]'")
+    folder = Path(str(importlib.import_module("rl_zoo3").__file__)).parent / "hyperparams"
+    entries = importlib.import_module("yaml").safe_load((folder / f"{file}.yml").read_text(encoding="utf-8"))
+    return {name: _with_questions(entry, algorithm, module) for name, entry in entries.items()}
+
+
+def _with_questions(entry: dict[str, Any], algorithm: type[BaseAlgorithm], module: str) -> dict[str, Any]:
+    if entry.get("policy") not in stock_policies(algorithm):
+        return entry  # nothing that this algorithm could be run with
+    given = entry.get("callback") or []
+    return {
+        **entry,
+        "policy": f"{module}.{entry['policy']}",
+        "callback": [CALLBACK, *(given if isinstance(given, list) else [given])],
+    }
