@@ -11,7 +11,7 @@ export SDL_VIDEODRIVER ?= dummy
 export MPLBACKEND ?= Agg
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: study study-smoke demo test test-slow check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/lunar_lander.py $(ARGS)
@@ -31,6 +31,15 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Cells of the study that have no result yet; hours. `make study ARGS="--task lander --ray auto"` runs some, on a cluster.
+study: $(VENV)/.installed
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study]'
+	$(BIN)/python -m sb3_qa study $(ARGS)
+
+# One tiny cell of every arm, and the report of it: shows that the machinery works and nothing else.
+study-smoke: $(VENV)/.installed
+	$(BIN)/python -m sb3_qa study --quick --task cliff --seed 0 --out outputs/study-smoke --models outputs/study-smoke/models
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/bench/overhead.py $(ARGS)

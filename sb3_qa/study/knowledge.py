@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,6 +54,7 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
         what both said (``said``, ``own_said``), and how often it was so (``frequency``)
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -80,10 +82,12 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
             HistGradientBoostingClassifier(max_iter=100, early_stopping=False, random_state=0),
         ]
         errors = []
-        for candidate in candidates:
-            candidate.fit(x[~held], y[~held])
-            errors.append(np.mean((candidate.predict_proba(x[held])[:, 1] - y[held]) ** 2))
-        said = candidates[int(np.argmin(errors))].fit(x, y).predict_proba(x_test)[:, 1]
+        with warnings.catch_warnings():  # one that has not converged is judged by what is held out, as any other
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for candidate in candidates:
+                candidate.fit(x[~held], y[~held])
+                errors.append(np.mean((candidate.predict_proba(x[held])[:, 1] - y[held]) ** 2))
+            said = candidates[int(np.argmin(errors))].fit(x, y).predict_proba(x_test)[:, 1]
         own: Any = there.answer
         constant = float(truth.mean() * (1.0 - truth.mean()))
         brier, own_brier = float(np.mean((said - truth) ** 2)), float(np.mean((own.probability - truth) ** 2))

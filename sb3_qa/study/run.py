@@ -217,7 +217,7 @@ def _on_ray(cells: Sequence[Cell], models: str, address: str) -> Iterator[tuple[
         ) from error
     if not ray.is_initialized():
         ray.init(address=address)
-    remote = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=False)(run_cell)
+    remote: Any = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=False)(run_cell)
     running = {remote.remote(cell, models): cell for cell in cells}
     while running:
         ready, _ = ray.wait(list(running), num_returns=1)

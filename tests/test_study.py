@@ -1,0 +1,337 @@
+"""The study: arms, label budgets, what is measured, runs that resume, and the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import trim_mean
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_qa import Certificate, QAError, certify
+from sb3_qa.__main__ import main
+from sb3_qa.evaluation import Episodes, Trace
+from sb3_qa.scores import Interval
+from sb3_qa.study import measure
+from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_mean, verdict
+from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
+from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
+from sb3_qa.study.task import Task, load_task, task_names
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("cliff").quickly()
+
+
+@pytest.fixture(scope="module")
+def plain(task: Task) -> Trained:
+    return train_arm(task, "plain", 0)
+
+
+def state(trained: Trained) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in trained.model.policy.state_dict().items() if "qa_head" not in name}
+
+
+def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+# --- Arms -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arm", ["detached", "separate", "probe"])
+def test_arms_with_the_agent_of_plain_have_it_bit_for_bit(task: Task, plain: Trained, arm: str) -> None:
+    trained = train_arm(task, arm, 0)
+    assert not moved(state(plain), state(trained))
+    head = trained.model.policy.qa_head.flat
+    assert head.grad is not None and float(head.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("arm", ["joint", "finetune", "anchored"])
+def test_arms_that_shape_the_trunk_have_another_agent(task: Task, plain: Trained, arm: str) -> None:
+    assert moved(state(plain), state(train_arm(task, arm, 0)))
+
+
+def test_a_muted_agent_learns_from_its_questions_alone(task: Task, plain: Trained) -> None:
+    without = Task(**{**vars(task), "qa_kwargs": {**task.qa_kwargs, "qa_coef": 0.0}})
+    assert not moved(state(plain), state(train_arm(without, "finetune", 0)))
+
+
+def test_an_anchored_agent_stays_nearer(task: Task, plain: Trained) -> None:
+    obs = torch.arange(36)
+
+    def divergence(arm: str) -> float:
+        trained = train_arm(strong, arm, 0)
+        with torch.no_grad():
+            before, after = (each.model.policy.get_distribution(obs).distribution for each in (plain, trained))
+        return float(torch.distributions.kl_divergence(before, after).mean())
+
+    strong = Task(**{**vars(task), "qa_kwargs": {**task.qa_kwargs, "qa_coef": 10.0}})
+    assert 0 < divergence("anchored") < divergence("finetune")
+
+
+def test_the_separate_network_is_as_large_as_the_agents_and_shares_nothing(task: Task, plain: Trained) -> None:
+    policy = train_arm(task, "separate", 0).model.policy
+    own = {id(parameter) for parameter in policy.twin.parameters()}
+    assert not own & {id(parameter) for parameter in policy.parameters()}
+    trunk = sum(p.numel() for p in policy.mlp_extractor.parameters())
+    assert sum(p.numel() for p in policy.twin.layers.parameters()) == trunk
+    fresh = copy.deepcopy(policy.twin.state_dict())
+    assert any(float(value.abs().sum()) > 0 for value in fresh.values())
+
+
+def test_a_share_of_the_labels_weighs_as_much_as_all(task: Task) -> None:
+    callback = LimitedLabels(0.25, 0)
+    seen: list[np.ndarray] = []
+    end = callback._on_rollout_end
+
+    def watch() -> None:
+        end()
+        seen.append(callback._policy.qa_joint.store._weight)
+
+    callback._on_rollout_end = watch  # type: ignore[method-assign]
+    from sb3_qa.study import arms
+
+    original = arms.LimitedLabels
+    arms.LimitedLabels = lambda share, seed: callback  # type: ignore[assignment, misc]
+    try:
+        train_arm(task, "joint", 0, labels=0.25)
+    finally:
+        arms.LimitedLabels = original  # type: ignore[misc]
+    weight = np.concatenate(seen)
+    assert set(np.unique(weight)) == {0.0, 4.0}
+    assert weight.mean() == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_penalty_is_taken_where_the_catastrophe_happens(task: Task) -> None:
+    from sb3_qa.study.arms import Punished
+
+    venv = Punished(task.training_env(0), task.catastrophe, 7.0)
+    bare = task.training_env(0)
+    for env in (venv, bare):
+        env.action_space.seed(0)
+        env.reset()
+    fell = 0
+    for _ in range(60):
+        actions = np.array([venv.action_space.sample() for _ in range(task.n_envs)])
+        _, rewards, _, infos = venv.step(actions)
+        _, own, _, _ = bare.step(actions)
+        lost = np.array([7.0 * info[task.catastrophe] for info in infos], np.float32)
+        np.testing.assert_allclose(rewards, own - lost)
+        fell += int(lost.sum())
+    assert fell
+
+
+def test_bad_arms_are_refused(task: Task) -> None:
+    with pytest.raises(QAError, match="expected one of"):
+        train_arm(task, "joined", 0)
+    with pytest.raises(QAError, match=r"\(0, 1\]"):
+        train_arm(task, "joint", 0, labels=0.0)
+    with pytest.raises(QAError, match="expected one of"):
+        load_task("clif")
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------------
+def test_the_certified_threshold_is_that_of_certify(task: Task, tmp_path: Path) -> None:
+    """On the very episodes that certify() plays."""
+    trained = train_arm(task, "joint", 0)
+    qa = trained.answerer
+    venv = DummyVecEnv([task.make] * 4)
+    from sb3_qa import shadow
+
+    traces: list[Trace] = []
+    record = shadow.episode_record
+
+    def keep(trace: Trace, *rest: object) -> dict[str, object]:
+        traces.append(trace)
+        return record(trace, *rest)  # type: ignore[arg-type]
+
+    shadow.episode_record = keep  # type: ignore[assignment]
+    try:
+        certificate: Certificate = certify(
+            qa, venv, task.risk, trained.model, 0.2, 0.95, episodes=40, thresholds=measure.GRID, catastrophe="fell"
+        )
+    finally:
+        shadow.episode_record = record
+    assert measure.certified_threshold(Episodes(tuple(traces))) == pytest.approx(certificate.threshold)
+
+
+def test_summary_counts_episodes() -> None:
+    def trace(bad: bool, vetoed: bool) -> Trace:
+        none, some = np.zeros(2, np.bool_), np.array([False, True])
+        return Trace(np.zeros(2), np.ones(2), np.zeros(2), none, some if vetoed else none, some if bad else none, False)
+
+    told = measure.summary(Episodes((trace(True, True), trace(False, True), trace(False, False), trace(False, False))))
+    assert told["catastrophes"] == 0.25 and told["veto_rate"] == 0.25
+    assert told["disrupted"] == pytest.approx(1 / 3) and told["return"] == 2.0
+
+
+def test_probes_find_what_the_latents_hold(task: Task) -> None:
+    """A question that the head was not taught is answered well by a probe on the latents, as they hold the observation."""
+    from sb3_qa.study.knowledge import Knowledge, probes
+
+    more = Task(**{**vars(task), "qa_kwargs": {**task.qa_kwargs, "qa_coef": 0.0}, "episodes": 12})
+    trained = train_arm(more, "joint", 0)
+    assert trained.answerer is not None
+    learn, test = Knowledge(trained.answerer), Knowledge(trained.answerer)
+    for seed, record in ((50_000, learn), (10_000, test)):
+        measure.play(more, trained.model, seed, record=record)
+    for of_latents in (True, False):
+        found = probes(learn, test, ["edge", "low"], of_latents=of_latents)
+        assert found["low"]["skill"] > 0.8 > found["low"]["own_skill"]
+        assert found["low"]["own_brier"] > found["low"]["brier"]
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------------
+def test_the_interquartile_mean_is_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for n in (4, 8, 40):  # where a quarter is a whole number, the two agree
+        values = rng.normal(size=n)
+        assert interquartile_mean(values) == pytest.approx(trim_mean(values, 0.25))
+    assert interquartile_mean(np.array([1.0])) == 1.0
+
+
+def test_intervals_cover_what_they_say() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(60):
+        table = {task: dict(enumerate(rng.normal(size=10))) for task in ("a", "b", "c")}
+        interval = estimate(table)
+        assert interval is not None
+        covered += interval.low <= 0.0 <= interval.high
+    assert covered >= 50  # 57 are expected
+
+
+def test_differences_are_paired() -> None:
+    results = [
+        {"task": "a", "arm": arm, "seed": seed, "labels": 1.0, "value": 10.0 * seed + shift}
+        for seed in range(3)
+        for arm, shift in (("x", 1.0), ("y", 0.0))
+        if (arm, seed) != ("y", 2)
+    ]
+    both = difference(*(collect(results, arm, lambda r: r["value"]) for arm in "xy"))
+    assert both == {"a": {0: 1.0, 1: 1.0}}
+    assert estimate(both) == Interval(1.0, 1.0, 1.0)
+    assert estimate({}) is None
+
+
+def test_verdicts() -> None:
+    assert verdict(Interval(0.1, 0.05, 0.2)) == "supported"
+    assert verdict(Interval(-0.1, -0.2, -0.05)) == "contradicted"
+    assert verdict(Interval(0.0, -0.1, 0.1)) == "open"
+    assert verdict(Interval(0.0, -0.04, 0.1), margin=0.05) == "supported"
+    assert verdict(Interval(0.0, float("nan"), float("nan"))) == "too few runs"
+    assert verdict(None) == "not run"
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------------
+def test_the_grid_is_seed_by_seed_and_leaves_out_what_cannot_be() -> None:
+    cells = grid(["cliff"], list(ARMS), [0, 1], [1.0, 0.1])
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert not [cell for cell in cells if cell.labels < 1.0 and cell.arm in ("plain", "punished", "shaped")]
+    assert len(set(cells)) == len(cells)
+
+
+def test_runs_go_on_where_they_stopped(tmp_path: Path) -> None:
+    path, models, told = tmp_path / "results.jsonl", tmp_path / "models", []
+    cells = [Cell("cliff", arm, 0, 1.0, True) for arm in ("plain", "punished")]
+    first = run_grid(cells[:1], path, models, tell=told.append)
+    with path.open("a") as file:
+        file.write('{"task": "cliff", "arm": "puni')  # the power went
+    again = run_grid(cells, path, models, tell=told.append)
+    assert len(told) == 2 and again[0] == first[0]
+    assert [json.loads(line)["arm"] for line in path.read_text().splitlines()] == ["plain", "punished"]
+    assert finished(path) == again
+    assert run_cell(cells[0])["play"] == first[0]["play"]  # the same seed, the same result
+
+
+def test_foreign_results_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"run": 1}\n')
+    with pytest.raises(QAError, match="expected results of this study"):
+        run_grid([], path, tmp_path)
+
+
+def test_every_arm_in_a_tiny_cell(tmp_path: Path) -> None:
+    """What ``make study-smoke`` runs, with the report."""
+    options = ["--quick", "--task", "cliff", "--seed", "0"]
+    assert main(["study", *options, "--out", str(tmp_path), "--models", str(tmp_path / "models")]) == 0
+    results = finished(tmp_path / "results.jsonl")
+    assert {result["arm"] for result in results} == set(ARMS)
+    report = (tmp_path / "report.md").read_text()
+    assert "| M3 | answers of `joint` better than `probe` |" in report
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5_000 for name in ("skill", "labels", "vetoes"))
+    joint = next(r for r in results if r["arm"] == "joint")
+    assert len(joint["vetoes"]) == 4 and joint["reward"]["episodes"] == 4
+    assert joint["answers_common"] and set(joint["answers_common"]) <= set(joint["answers"]) | {"until_fall"}
+
+
+def test_names_of_tasks_are_those_of_their_modules() -> None:
+    assert {"cliff", "highway", "hopper", "hopper_sac", "lander", "lava", "microrts", "navigation"} <= set(task_names())
+
+
+def _kill_one(name: str, killed: list[int]) -> None:
+    """Kill the first process of that title that has been at work for a second."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not killed:
+        found = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout.split()
+        if found:
+            time.sleep(1.0)
+            os.kill(int(found[0]), signal.SIGKILL)
+            killed.append(int(found[0]))
+        time.sleep(0.1)
+
+
+def test_a_killed_process_costs_no_result(tmp_path: Path) -> None:
+    cells = [Cell("cliff", "joint", seed, 1.0, True) for seed in range(3)]
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.1)
+        time.sleep(1.0)
+        os.kill(children[0].pid or 0, signal.SIGKILL)
+        killed.append(1)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    results = run_grid(cells, tmp_path / "results.jsonl", tmp_path / "models", workers=2)
+    thread.join()
+    assert killed
+    assert [result["seed"] for result in results] == [0, 1, 2]
+    assert sorted(result["seed"] for result in finished(tmp_path / "results.jsonl")) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_survives_a_killed_worker(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cells = [Cell("cliff", "joint", seed, 1.0, True) for seed in range(4)]
+    killed: list[int] = []
+    thread = threading.Thread(target=_kill_one, args=("ray::run_cell", killed))
+    try:
+        ray.init(address=cluster.address)
+        assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+        thread.start()
+        path = tmp_path / "results.jsonl"
+        results = run_grid(cells, path, tmp_path / "models", ray="auto")
+        thread.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed
+    assert [result["seed"] for result in results] == [0, 1, 2, 3]
+    assert sorted(result["seed"] for result in finished(path)) == [0, 1, 2, 3]
+    alone = run_cell(cells[0])
+    assert results[0]["play"] == alone["play"] and results[0]["answers"] == alone["answers"]
