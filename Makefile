@@ -11,7 +11,7 @@ export SDL_VIDEODRIVER ?= dummy
 export MPLBACKEND ?= Agg
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/lunar_lander.py $(ARGS)
@@ -29,6 +29,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/docs; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/bench/overhead.py $(ARGS)

@@ -332,7 +332,7 @@ class QuestionAnswerer:
 
         :param question: an instance's key, ``"crash[k=5]"``, or its text, with or without an action filled in
         :param obs: observations as the policy sees them, (n_envs, ...), or a single one (answers have no first dimension then)
-        :param action: for a question about an action, the action of each observation: (n_envs, *action_shape), one for
+        :param action: for a question about an action, the action of each observation: ``(n_envs, *action_shape)``, one for
             all, or a name; without, every action of a discrete space is asked about
         :param state: of a recurrent policy, its state before it sees ``obs``, as :meth:`remember` returns it and as
             RecurrentPPO keeps it; ``predict()`` returns as much only where the critic has no LSTM of its own
