@@ -11,7 +11,7 @@ export SDL_VIDEODRIVER ?= dummy
 export MPLBACKEND ?= Agg
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: study study-smoke demo test test-slow check bench clean
+.PHONY: demo test test-slow check docs bench study study-smoke clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/lunar_lander.py $(ARGS)
@@ -40,6 +40,11 @@ study: $(VENV)/.installed
 # One tiny cell of every arm, and the report of it: shows that the machinery works and nothing else.
 study-smoke: $(VENV)/.installed
 	$(BIN)/python -m sb3_qa study --quick --task cliff --seed 0 --out outputs/study-smoke --models outputs/study-smoke/models
+
+# The site, in build/docs; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/bench/overhead.py $(ARGS)

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from sb3_qa.taps import plain
 from sb3_qa.understanding import Understanding
 from sb3_qa.units import observation_normalizer
 from sb3_qa.values import PointValues
+
+if TYPE_CHECKING:
+    from sb3_qa.sharing import SharedAnswerer
 
 __all__ = ["QuestionAnswerer", "Reading"]
 
@@ -284,6 +287,20 @@ class QuestionAnswerer:
 
         save_answerer(self, path)
 
+    def share(self, classes: Iterable[type] = ()) -> SharedAnswerer:
+        """A form of this live answerer for other processes, see :mod:`sb3_qa.sharing`: wrappers in a ``SubprocVecEnv`` take
+        it as ``qa=`` and see every gradient update.
+
+        :param classes: policies and features extractors of your own
+        :raises QAError: when the model is not on the CPU, or its answerer cannot be saved
+        """
+        from sb3_qa.sharing import share
+
+        return share(self, classes)
+
+    def refresh(self) -> None:
+        """Take in what has been learnt elsewhere, where that is so. Wrappers do this at the beginning of a step."""
+
     @property
     def catalogue(self) -> Catalogue:
         """The compiled questions."""
@@ -315,7 +332,7 @@ class QuestionAnswerer:
 
         :param question: an instance's key, ``"crash[k=5]"``, or its text, with or without an action filled in
         :param obs: observations as the policy sees them, (n_envs, ...), or a single one (answers have no first dimension then)
-        :param action: for a question about an action, the action of each observation: (n_envs, *action_shape), one for
+        :param action: for a question about an action, the action of each observation: ``(n_envs, *action_shape)``, one for
             all, or a name; without, every action of a discrete space is asked about
         :param state: of a recurrent policy, its state before it sees ``obs``, as :meth:`remember` returns it and as
             RecurrentPPO keeps it; ``predict()`` returns as much only where the critic has no LSTM of its own
@@ -324,6 +341,7 @@ class QuestionAnswerer:
         :raises NotTaught: (a QAError) for a question too far from what was taught; it names the nearest
         :raises QAError: for an unknown action, a text that fits several questions, or observations or a state of another shape
         """
+        self.refresh()
         instance, named, familiarity = self.understanding.understand(question)
         named = None if named == "{action}" else named
         if named is not None and action is not None:

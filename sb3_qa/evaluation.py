@@ -68,7 +68,7 @@ class Trace:
     """One episode, step by step."""
 
     actions: NDArray[Any]
-    """As executed, shape (n_steps, *action_shape)."""
+    """As executed, shape ``(n_steps, *action_shape)``."""
     rewards: Floats
     """The environment's own, shape (n_steps,)."""
     risk: Floats

@@ -201,6 +201,10 @@ class QAHead(nn.Module):
             self.average.copy_(flat.detach())
             self._followed = flat._version
 
+    def followed(self) -> None:
+        """The weights that answer have been written beside those that learn, and are not to follow them."""
+        self.__dict__["_followed"] = self.flat._version
+
     def target(self) -> QAHead:
         """The head of a target network: a copy that answers by :attr:`flat`, which the algorithm moves with that network."""
         shared = [self.catalogue, getattr(self, "words", None)]  # a sentence model is large
@@ -494,7 +498,7 @@ class QAHead(nn.Module):
 
 def _both_are_loaded(head: Any, incompatible_keys: Any) -> None:
     if not any(name.endswith("average") for name in incompatible_keys.missing_keys):  # else it starts from the weights
-        head._followed = head.flat._version
+        head.followed()
 
 
 def decode(instance: Instance, logits: Floats) -> Answer:

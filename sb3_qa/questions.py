@@ -115,7 +115,7 @@ class Question:
         the question one about the action chosen
     :param truth: how its truth becomes known, see :mod:`sb3_qa.truth`
     :param answer: ``YesNo()``, ``Choice(...)`` or ``Number(low, high)``; ``steps_until`` needs none
-    :param name: key in logs and ``info``, at most 24 letters, digits or ``_-. ``; made from the text if not given
+    :param name: key in logs and ``info``, at most 24 letters, digits, ``_``, ``-``, dots or blanks; made from the text if not given
     :param holdout: instances that are kept out of training, to measure how well they are answered from the words alone: a list
         of keys or of slot values (``[dict(color="red", kind="ball")]``), or a share of all (horizons of an event are not told
         apart, as they share a curve), drawn so that every value of every slot stays taught

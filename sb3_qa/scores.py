@@ -134,7 +134,7 @@ def average_precision(score: ArrayLike, outcome: ArrayLike) -> float:
 def calibration_error(probability: ArrayLike, outcome: ArrayLike, bins: int = 15) -> float:
     """Return the expected calibration error (Naeini et al. 2015), over ``bins`` bins of equal width on [0, 1].
 
-    The mean over answers of |mean probability - event frequency| of the bin the answer fell in. A bin holds its lower
+    The mean over answers of ``|mean probability - event frequency|`` of the bin the answer fell in. A bin holds its lower
     edge and not its upper one; the last holds 1.0 too. It is a biased estimate: with few answers in a bin a perfectly
     calibrated answerer scores above 0, so compare at equal numbers of answers.
 
@@ -306,7 +306,7 @@ def brier_choice(probabilities: ArrayLike, option: ArrayLike) -> float:
 
 
 def absolute_error(answer: ArrayLike, truth: ArrayLike) -> float:
-    """Mean |answer - truth|, in the units of the answer; both finite and of one shape, any shape.
+    """Mean ``|answer - truth|``, in the units of the answer; both finite and of one shape, any shape.
 
     For answers that are numbers, and for probabilities where the true probability is known.
     """

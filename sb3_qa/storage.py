@@ -35,7 +35,7 @@ from sb3_qa.truth import Truth
 if TYPE_CHECKING:
     from sb3_qa.answerer import QuestionAnswerer
 
-__all__ = ["load_answerer", "questions_digest", "save_answerer", "weights_digest"]
+__all__ = ["all_weights", "load_answerer", "questions_digest", "save_answerer", "weights_digest"]
 
 FORMAT = "sb3_qa answerer"
 VERSION = 1
@@ -56,7 +56,7 @@ _KNOWN: tuple[type, ...] = (
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
     policy = answerer.policy
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(policy).items()}
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in all_weights(policy).items()}
     description: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -176,10 +176,13 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
     return description, weights
 
 
-def _state(policy: Any) -> dict[str, torch.Tensor]:
-    """All weights by name: those of the head as ``qa_head.``, wherever it is kept, and no target's."""
-    own = {name.replace("_orig_mod.", ""): x for name, x in policy.state_dict().items() if not _is_of_head(name)}
-    return own | {f"qa_head.{name}": x for name, x in policy.qa_head.state_dict().items()}
+def all_weights(policy: Any) -> dict[str, torch.Tensor]:
+    """All weights by name, the parameters and buffers themselves: those of the head as ``qa_head.``, wherever it is kept, and
+    no target's.
+    """
+    state = policy.state_dict(keep_vars=True)
+    own = {name.replace("_orig_mod.", ""): x for name, x in state.items() if not _is_of_head(name)}
+    return own | {f"qa_head.{name}": x for name, x in policy.qa_head.state_dict(keep_vars=True).items()}
 
 
 def _is_of_head(name: str) -> bool:
@@ -197,7 +200,7 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor])
 
 def weights_digest(policy: torch.nn.Module) -> str:
     """SHA-256 over a policy's weights, its head's among them: the same live, frozen, saved, and on every device."""
-    state = _state(policy) if hasattr(policy, "qa_head") else policy.state_dict()
+    state = all_weights(policy) if hasattr(policy, "qa_head") else policy.state_dict()
     return _digest({}, {name: tensor.detach().cpu() for name, tensor in state.items()})
 
 

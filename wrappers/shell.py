@@ -28,12 +28,13 @@ from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory
 from sb3_qa.named import FunctionName
+from sb3_qa.sharing import SharedAnswerer
 
 __all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
 
 log = logging.getLogger(__name__)
 
-QA = QuestionAnswerer | str | PathLike[str] | None
+QA = QuestionAnswerer | SharedAnswerer | str | PathLike[str] | None
 Info = dict[str, Any]
 
 
@@ -127,6 +128,8 @@ class Rule:
         :param which: (n,), those that have; None for all
         """
         self.obs = obs
+        if self.qa is not None:
+            self.qa.refresh()
         if which is not None and self.memory is not None:
             self.memory = Memory(self.memory.state, self.memory.starts | which)
         elif which is None or which.all():
@@ -170,7 +173,10 @@ class Rule:
                 "qa=, call .bind(QuestionAnswerer.from_model(model)), in rl_zoo3 name the wrappers of sb3_qa.zoo, or let it pass with "
                 'unbound="pass"'
             )
-        return self.qa is not None
+        if self.qa is None:
+            return False
+        self.qa.refresh()  # all of a step is answered by the same weights
+        return True
 
     def tell_rewards(self, before: NDArray[Any], arrival: Arrival, replaced: NDArray[Any] | None = None) -> None:
         """Tell what the environment's own reward was, and what all wrappers so far have added to it (or put in its place)."""
@@ -196,12 +202,15 @@ def as_answerer(name: str, qa: QA) -> QuestionAnswerer | None:
 
     :raises QAError: when it is something else, or the file is missing or no answerer's
     """
+    if isinstance(qa, SharedAnswerer):
+        return qa.open()
     if qa is None or isinstance(qa, QuestionAnswerer):
         return qa
     if not isinstance(qa, (str, PathLike)):
         made = "QuestionAnswerer.from_model(model)"
         raise QAError(
-            f"{name} got qa={type(qa).__name__}; expected a QuestionAnswerer, the path of a saved one, or None; write qa={made}"
+            f"{name} got qa={type(qa).__name__}; expected a QuestionAnswerer, shared or not, the path of a saved one, or None; "
+            f"write qa={made}"
         )
     path = Path(qa)
     if not path.is_file():
@@ -261,11 +270,13 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         self.rule.close()
         super().close()
 
-    def bind(self, qa: QuestionAnswerer) -> None:
+    def bind(self, qa: QuestionAnswerer | SharedAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like this environment's.
 
         :raises QAError: when it does not
         """
+        if isinstance(qa, SharedAnswerer):
+            qa = qa.open()
         refuse_normalized(type(self).__name__, f"Vec{type(self).__name__}", qa)
         check_spaces(type(self).__name__, qa, self.observation_space, self.action_space)
         self.rule.bind(qa)
@@ -329,11 +340,13 @@ class VecQAWrapper(VecEnvWrapper):
         self.rule.close()
         super().close()
 
-    def bind(self, qa: QuestionAnswerer) -> None:
+    def bind(self, qa: QuestionAnswerer | SharedAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like this environment's.
 
         :raises QAError: when it does not
         """
+        if isinstance(qa, SharedAnswerer):
+            qa = qa.open()
         name = type(self).__name__
         inside = [wrapper for wrapper in _chain(self.venv) if isinstance(wrapper, VecNormalize) and wrapper.norm_obs]
         if not inside:
