@@ -284,6 +284,12 @@ class QuestionAnswerer:
 
         save_answerer(self, path)
 
+    def export(self, path: str | PathLike[str]) -> None:
+        """Write what is answered now as ``.onnx`` or ``.pt2``, to be asked without this package; see :mod:`sb3_qa.deploy`."""
+        from sb3_qa.deploy import export
+
+        export(self, path)
+
     @property
     def catalogue(self) -> Catalogue:
         """The compiled questions."""
