@@ -301,6 +301,12 @@ class QuestionAnswerer:
     def refresh(self) -> None:
         """Take in what has been learnt elsewhere, where that is so. Wrappers do this at the beginning of a step."""
 
+    def export(self, path: str | PathLike[str]) -> None:
+        """Write what is answered now as ``.onnx`` or ``.pt2``, to be asked without this package; see :mod:`sb3_qa.deploy`."""
+        from sb3_qa.deploy import export
+
+        export(self, path)
+
     @property
     def catalogue(self) -> Catalogue:
         """The compiled questions."""

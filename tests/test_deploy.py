@@ -1,0 +1,217 @@
+"""Exported answerers answer as the answerer does, without this package. Needs the extra `deploy`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from wrapping import IMAGE, QUESTIONS, VECTOR, Toy, toys
+
+from sb3_qa import QAError, Question, QuestionAnswerer
+from sb3_qa.answers import YesNoAnswer
+from sb3_qa.deploy import OPSET, AnswererModule
+from sb3_qa.policies import qa_policy
+from sb3_qa.truth import always, steps_until
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ASKED = [
+    *QUESTIONS,
+    Question("Will it stay whole for {k} steps?", always("crashed", during="k"), k=[1, 3], name="whole"),
+    Question("In how many steps will it crash?", steps_until("crashed", cap=4), name="until"),
+]
+BOX = spaces.Box(-2, 2, (2,), np.float32)
+TWO = spaces.Dict({"one": VECTOR, "two": spaces.Discrete(3)})
+
+
+def scrambled(policy):
+    """Weights so large that answers differ from each other."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.qa_head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return policy
+
+
+def answerer(algorithm=PPO, action_space=None, observation_space=VECTOR, base="MlpPolicy", questions=ASKED, **more):
+    env = DummyVecEnv([lambda: Toy(action_space=action_space, observation_space=observation_space)])
+    options = dict(n_steps=8, batch_size=8) if algorithm is PPO else {}
+    policy_kwargs = dict(questions=questions, net_arch=[8], **more)
+    model = algorithm(qa_policy(algorithm, base), env, policy_kwargs=policy_kwargs, seed=0, device="cpu", **options)
+    scrambled(model.policy)
+    return QuestionAnswerer.from_model(model)
+
+
+def observations(space, n):
+    samples = []
+    space.seed(0)
+    for _ in range(n):
+        samples.append(space.sample())
+    if isinstance(space, spaces.Dict):
+        return {key: np.stack([np.asarray(each[key]) for each in samples]) for key in space.spaces}
+    return np.stack(samples)
+
+
+def table(answer):
+    return answer.probability if isinstance(answer, YesNoAnswer) else answer.probabilities
+
+
+def as_inputs(obs):
+    return {"obs": obs} if not isinstance(obs, dict) else {f"obs.{key}": value for key, value in obs.items()}
+
+
+def both(qa, folder: Path):
+    """The two kinds of files, each as a function from inputs by name to outputs by name."""
+    qa.export(folder / "driver.onnx")
+    qa.export(folder / "driver.pt2")
+    session = onnxruntime.InferenceSession(folder / "driver.onnx")
+    told = {"sb3_qa.json": ""}
+    program = torch.export.load(folder / "driver.pt2", extra_files=told).module()
+    about = json.loads(told["sb3_qa.json"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["sb3_qa"]) == about
+    names = [each.name for each in session.get_outputs()]
+    assert [each.name for each in session.get_inputs()] == about["inputs"]
+
+    def by_onnx(inputs):
+        return dict(zip(names, session.run(None, inputs), strict=True))
+
+    def by_torch(inputs):
+        out = program(*(torch.as_tensor(inputs[name]) for name in about["inputs"]))
+        return dict(zip(names, (each.numpy() for each in out), strict=True))
+
+    return about, by_onnx, by_torch
+
+
+CASES = {
+    "PPO": {},
+    "PPO, dictionaries": dict(observation_space=TWO, base="MultiInputPolicy"),
+    "PPO, images": dict(observation_space=IMAGE, base="CnnPolicy", features_extractor_class=FlattenExtractor),
+    "PPO, words": dict(qa_encoder="text"),
+    "PPO, a box of actions": dict(action_space=BOX),
+    "DQN": dict(algorithm=DQN),
+    "SAC, which reads its critics": dict(algorithm=SAC, action_space=BOX),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_files_answer_as_the_answerer_does(tmp_path: Path, name: str) -> None:
+    qa = answerer(**CASES[name])
+    about, *ways = both(qa, tmp_path)
+    assert [each["output"] for each in about["answers"]] == qa.questions
+    space = qa.policy.observation_space
+    for n in (1, 7):
+        obs = observations(space, n)
+        inputs = as_inputs(obs)
+        actions = None
+        if "action" in about["inputs"]:
+            actions = inputs["action"] = observations(qa.policy.action_space, n)
+        for way in ways:
+            out = way(inputs)
+            for told in about["answers"]:
+                answer = qa.ask(told["output"], obs, actions if told["per_action"] else None)
+                expected = table(answer)
+                assert out[told["output"]].shape == expected.shape
+                np.testing.assert_allclose(out[told["output"]], expected, atol=1e-5, rtol=0)
+                assert expected.std() > 1e-3 or n == 1
+                assert told.get("options", told.get("values")) is None or (
+                    len(told.get("options", told.get("values"))) == expected.shape[-1]
+                )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "kind", [{}, {"enable_critic_lstm": False}, {"enable_critic_lstm": False, "shared_lstm": True}]
+)
+def test_an_lstm_goes_on_from_its_state(tmp_path: Path, kind) -> None:
+    contrib = pytest.importorskip("sb3_contrib")
+    model = contrib.RecurrentPPO(
+        "QAMlpLstmPolicy",
+        toys(3),
+        n_steps=8,
+        policy_kwargs=dict(questions=ASKED, lstm_hidden_size=6, net_arch=[8], **kind),
+        seed=0,
+        device="cpu",
+    )
+    scrambled(model.policy)
+    qa = QuestionAnswerer.from_model(model)
+    about, *ways = both(qa, tmp_path)
+    rng = np.random.default_rng(0)
+    for way in ways:
+        state = [np.zeros((1, 3, 6), np.float32)] * 4
+        remembered = None
+        for step in range(4):
+            obs = rng.normal(size=(3, 4)).astype(np.float32)
+            starts = np.array([step == 0, step == 0, step in (0, 2)])
+            inputs = {"obs": obs, "episode_start": starts.astype(np.float32)}
+            out = way(inputs | dict(zip(("hidden", "cell", "hidden_vf", "cell_vf"), state, strict=True)))
+            for key in ("danger", "crash[k=3]", "lane"):
+                expected = table(qa.ask(key, obs, state=remembered, episode_start=starts))
+                np.testing.assert_allclose(out[key], expected, atol=1e-5, rtol=0)
+            remembered = qa.remember(obs, remembered, starts)
+            state = [out[f"next_{name}"] for name in ("hidden", "cell", "hidden_vf", "cell_vf")]
+
+
+WITHOUT = """
+import sys
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession("driver.onnx")
+names = [each.name for each in session.get_outputs()]
+out = dict(zip(names, session.run(None, {"obs": np.zeros((2, 4), np.float32)})))
+print(out["danger"][0])
+assert not {"torch", "sb3_qa", "stable_baselines3"} & set(sys.modules)
+"""
+
+
+def test_a_file_is_asked_without_torch_and_says_its_opset(tmp_path: Path) -> None:
+    qa = answerer()
+    qa.export(tmp_path / "driver.onnx")
+    file = onnx.load(tmp_path / "driver.onnx")
+    onnx.checker.check_model(file)
+    assert {each.domain: each.version for each in file.opset_import}[""] == OPSET
+    assert [path.name for path in tmp_path.iterdir()] == ["driver.onnx"]  # the weights are in it
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=tmp_path, text=True, capture_output=True, check=True, timeout=60
+    )
+    assert float(done.stdout) == pytest.approx(float(qa.ask("danger", np.zeros(4, np.float32)).probability), abs=1e-5)
+
+
+def test_what_is_exported_stays_as_it_was_and_the_model_too(tmp_path: Path) -> None:
+    qa = answerer()
+    module = AnswererModule(qa)
+    obs = np.ones((2, 4), np.float32)
+    before = qa.ask("danger", obs).probability
+    assert all(parameter.requires_grad for parameter in qa.policy.qa_head.parameters())
+    with torch.no_grad():
+        qa.policy.qa_head.flat.mul_(0.2)
+    assert np.abs(qa.ask("danger", obs).probability - before).max() > 1e-3
+    out = dict(zip(module.outputs, module(torch.from_numpy(obs)), strict=True))
+    np.testing.assert_allclose(out["danger"].numpy(), before, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QAError, match=r"\.onnx or \.pt2"):
+        answerer().export(tmp_path / "driver.bin")
+    with pytest.raises(QAError, match="Discrete or Box"):
+        answerer(action_space=spaces.MultiDiscrete([2, 3])).export(tmp_path / "driver.onnx")
+    with pytest.raises(QAError, match="target networks"):
+        model = DQN("QAMlpPolicy", toys(), policy_kwargs=dict(questions=ASKED), device="cpu")
+        QuestionAnswerer.from_model(model, target=True).export(tmp_path / "driver.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnxscript_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(QAError, match=r"sb3-qa\[deploy\]"):
+        answerer().export(tmp_path / "driver.onnx")
