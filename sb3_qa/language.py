@@ -27,7 +27,10 @@ from sb3_qa.questions import Catalogue, Choice, Question, Target
 
 __all__ = ["EmbeddingEncoder", "LanguageHead", "StoredEmbeddings", "TextEncoder", "make_head", "tokenize", "words_of"]
 
-WORD, ENCODING = 32, 64  # widths of a word and of a text
+WORD, ENCODING = (
+    32,
+    256,
+)  # widths of a word and of a text; at 64 the rows of hundreds of questions are too much alike to be learnt apart
 PLACES = 48  # words of a text that are told apart by where they stand
 KNOTS = 8  # rows that a histogram is interpolated between
 ROW_SCALE = 0.125  # a step of the optimiser then moves a row about four times as far as one that is learnt by itself
