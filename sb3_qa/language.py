@@ -27,10 +27,12 @@ from sb3_qa.questions import Catalogue, Choice, Question, Target
 
 __all__ = ["EmbeddingEncoder", "LanguageHead", "StoredEmbeddings", "TextEncoder", "make_head", "tokenize", "words_of"]
 
-WORD, ENCODING = 32, 64  # widths of a word and of a text
+WORD, NEAR, ENCODING = 32, 64, 256  # widths of a word, of a word with its neighbours, and of a text
 PLACES = 48  # words of a text that are told apart by where they stand
 KNOTS = 8  # rows that a histogram is interpolated between
-ROW_SCALE = 0.125  # a step of the optimiser then moves a row about four times as far as one that is learnt by itself
+ROW_SCALE, GAIN = 0.5, 4.0
+"""Of rows and of the encoder's layers: their weights are learnt small and used large, so that a step of the optimiser moves
+them as far as a row learnt by itself. Without, most of what an agent's features told was not read within thousands of steps."""
 PADDING, UNKNOWN, NUMBER = 0, 1, 2
 _TOKEN = re.compile(r"\{\w+\}|\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?|[^\w\s?.!,;:]")
 
@@ -106,14 +108,15 @@ class TextEncoder(Encoder):
             (n_words, WORD),
             (3, WORD),
             (PLACES, WORD),
-            (3 * WORD, ENCODING),
-            (ENCODING,),
-            (ENCODING, ENCODING),
+            (3 * WORD, NEAR),
+            (NEAR,),
+            (NEAR, ENCODING),
             (ENCODING,),
         ]
 
     def initial(self, generator: torch.Generator) -> list[torch.Tensor]:
-        spread = [0.5, 0.5, 0.15, 1 / math.sqrt(WORD), 0.0, 1 / math.sqrt(ENCODING), 0.0]
+        spread = [0.5, 0.5, 0.15, 1 / math.sqrt(WORD), 0.0, 1 / math.sqrt(NEAR), 0.0]
+        spread[3:] = [s / GAIN for s in spread[3:]]
         return [torch.randn(shape, generator=generator) * s for shape, s in zip(self.shapes, spread, strict=True)]
 
     def prepare(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
@@ -142,8 +145,8 @@ class TextEncoder(Encoder):
         x = x * (share.transpose(1, 2) > 0)
         edge = x.new_zeros(n, 1, WORD)
         wide = torch.cat([torch.cat([edge, x[:, :-1]], 1), x, torch.cat([x[:, 1:], edge], 1)], dim=2)
-        summed = (share @ torch.tanh(wide @ near + near_bias)).squeeze(1)
-        return torch.tanh(summed @ mix + mix_bias)
+        summed = (share @ torch.tanh((wide @ near + near_bias) * GAIN)).squeeze(1)
+        return torch.tanh((summed @ mix + mix_bias) * GAIN)
 
     def unknown(self, text: str) -> list[str]:
         """Words of a text that were never taught."""
@@ -270,7 +273,7 @@ class LanguageHead(QAHead):
         makers = [(self.n_knots[kind] * (self.width + 1), ENCODING) for kind in self.kinds]
         self._row_shapes = [*self.words.shapes, *makers]
         self._sizes = [math.prod(shape) for shape in self._row_shapes]
-        first = [*self.words.initial(generator), *(torch.randn(s, generator=generator) * 0.05 for s in makers)]
+        first = [*self.words.initial(generator), *(torch.randn(s, generator=generator) * 0.01 for s in makers)]
         self._everything: Panel | None = None
         return torch.cat([part.flatten() for part in first])
 

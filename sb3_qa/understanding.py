@@ -23,7 +23,7 @@ _NUMBERS = (
 )
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(_NUMBERS.split(" "))}
 MEANT = 0.05  # by how much more similar a text must be with a value that it does not name than with any other
-MENTIONED = 0.15  # what a slot's value being named in a text counts for, in cosine similarity
+MENTIONED = 0.15  # what a slot's value counts for if a text names it, and against if not, in cosine similarity
 
 
 class NotTaught(QAError):
@@ -232,7 +232,8 @@ class Understanding:
         """The taught instance whose text means most the same: cosine similarity of their embeddings.
 
         A pretrained model hardly tells a number or a colour from another, so values of slots that the text names count
-        beside it; among equals in that, similarity decides. The similarity is the familiarity. A text that leaves a
+        beside it, and those that it does not name count against: among templates that differ by a slot the one without it is
+        meant then. Among equals in that, similarity decides. The similarity is the familiarity. A text that leaves a
         slot open is refused: any value would do as well.
         """
         assert isinstance(self.head, LanguageHead) and isinstance(self.head.words, EmbeddingEncoder)
@@ -251,7 +252,9 @@ class Understanding:
                 key = instance.question.name, slot, value
                 if key not in named:
                     named[key] = _named(instance, slot, said)
-        counts = [sum(named[i.question.name, slot, value] for slot, value in i.slots.items()) for i in instances]
+        counts = [
+            sum(2 * named[i.question.name, slot, value] - 1 for slot, value in i.slots.items()) for i in instances
+        ]
         score = similarity + MENTIONED * np.array(counts)
         order = np.argsort(-score)
         best = instances[order[0]]

@@ -214,6 +214,26 @@ class TestWords:
         np.testing.assert_allclose(alone, beside, atol=1e-6)
 
 
+def test_rows_made_of_words_learn_about_as_fast_as_rows_of_their_own() -> None:
+    """Twenty things, each there or not; the latents tell which, mixed. Slow encoders left most of that unread."""
+    catalogue = Catalogue(
+        [Question("Is {a} near {b}?", now("f_{a}_{b}"), name="n", a=list("vwxyz"), b=["me", "him", "her", "them"])]
+    )
+    generator = torch.Generator().manual_seed(0)
+    there = (torch.rand(512, 20, generator=generator) < 0.4).float()
+    latents = (there - 0.4) @ torch.randn(20, 40, generator=generator)
+    wrong = {}
+    for encoder in ("index", "text"):
+        head = make_head(encoder, catalogue, 40, make_env().action_space, [64], 0)
+        optimizer = torch.optim.Adam([head.flat], lr=2e-3, eps=1e-5)
+        for _ in range(60):
+            optimizer.zero_grad()
+            torch.nn.functional.binary_cross_entropy_with_logits(head(latents, None), there).backward()
+            optimizer.step()
+        wrong[encoder] = float(((head(latents, None) > 0) != there.bool()).float().mean())
+    assert wrong["text"] < max(0.03, wrong["index"])
+
+
 ENCODERS = {"text": "text", "callable": embed}
 
 
@@ -564,6 +584,17 @@ class TestMeaning:
         assert 0.5 <= answer.familiarity < 1.0
         exact = qa.ask(key, np.zeros((2, 5), np.float32), "right" if key == "bad[k=6]" else None)
         np.testing.assert_array_equal(answer.probability, exact.probability)
+
+    def test_of_two_templates_the_one_without_the_slot_that_is_not_named(self) -> None:
+        place = dict(side=["to my left", "to my right"], d=[2, 4])
+        questions = [
+            Question("Is a ball {side} and within {d} cells?", now("f_{side}_{d}"), name="sector", **place),
+            Question("Is there a ball within {d} cells of where I stand?", now("g_{d}"), name="near", d=[2, 4]),
+        ]
+        qa = QuestionAnswerer.from_model(make_model(questions, qa_encoder=embed))
+        obs = np.zeros((2, 5), np.float32)
+        assert qa.ask("Is a ball and within 4 cells?", obs).understood_as == "near[d=4]"
+        assert qa.ask("Is a ball left and within 4 cells?", obs).understood_as == "sector[side=to my left][d=4]"
 
     def test_refused(self, qa: QuestionAnswerer) -> None:
         with pytest.raises(NotTaught, match="familiarity") as caught:
