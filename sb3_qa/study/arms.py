@@ -54,6 +54,7 @@ class Arm(NamedTuple):
 
 ARMS: dict[str, Arm] = {
     "plain": Arm("SB3 as it is, without questions", questions=False),
+    "oracle": Arm("plain, with vetoes by true risks, from rollouts of a clone", questions=False, afterwards=True),
     "joint": Arm("questions trained with the policy, the trunk shaped by both"),
     "detached": Arm("trained at the same time, no gradient into the trunk", trunk_gradient=0.0),
     "separate": Arm("a network of its own, trained at the same time on the same labels", separate=True, on_policy=True),
@@ -183,6 +184,8 @@ def train_arm(
         )
     timesteps = task.timesteps if timesteps is None else timesteps
     before = plain_agent(task, seed, folder) if how.afterwards else None
+    if before is not None and not how.questions:  # there is nothing to be learnt
+        return Trained(before, None, 0.0)
     base = stock_policies(task.algorithm)[task.policy]
     kwargs: dict[str, Any] = dict(task.policy_kwargs)
     policy: Any = base

@@ -14,9 +14,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.bounds import fixed_sequence
-from sb3_qa.evaluation import Agent, AnswerRecord, Episodes, run_episodes, score_answers
+from sb3_qa.evaluation import Agent, AnswerRecord, Episodes, run_episodes, score_answers, seeded_vec_env
 from sb3_qa.shadow import episode_record
 from sb3_qa.study.arms import Trained, train_arm
+from sb3_qa.study.oracle import oracle_vec_env
 from sb3_qa.study.task import Task
 from sb3_qa.wrappers import VecRandomVeto, VecShapeReward, VecVetoAction
 
@@ -29,6 +30,7 @@ __all__ = [
     "acting",
     "answers",
     "certified_threshold",
+    "oracle_veto",
     "play",
     "reward_of_answers",
     "shadowed",
@@ -71,9 +73,24 @@ def play(
     :param wrap: puts a veto around the environments
     """
     venv = task.evaluation_env(seed)
-    venv = venv if wrap is None else wrap(venv)
+    return _played(task, model, seed, venv if wrap is None else wrap(venv), task.episodes, record)
+
+
+def oracle_veto(task: Task, model: BaseAlgorithm) -> dict[str, dict[str, float]]:
+    """Episodes in the task's Python environments, without a veto and with that of its oracle, from the same seeds."""
+    n = task.oracle_episodes
+    free = seeded_vec_env(task.make, task.n_envs, TEST_SEED)
+    vetoed = oracle_vec_env(task, model, task.n_envs, TEST_SEED)
+    return {
+        name: summary(_played(task, model, TEST_SEED, venv, n)) for name, venv in (("none", free), ("veto", vetoed))
+    }
+
+
+def _played(
+    task: Task, model: BaseAlgorithm, seed: int, venv: VecEnv, n: int, record: AnswerRecord | None = None
+) -> Episodes:
     torch.manual_seed(seed)
-    episodes = run_episodes(acting(model, venv), venv, task.episodes, catastrophe=task.catastrophe, record=record)
+    episodes = run_episodes(acting(model, venv), venv, n, catastrophe=task.catastrophe, record=record)
     venv.close()
     return episodes
 

@@ -38,6 +38,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
         _knowledge(results),
         _labels(results),
         _vetoes(results),
+        _controls(results),
         _rewards(results),
         _fooling(results),
         _costs(results),
@@ -82,6 +83,14 @@ def of_veto(result: Result, at: str, kind: str, name: str) -> float | None:
             value: float | None = after[name]
             return value
     return None
+
+
+def of_oracle(result: Result, name: str) -> float | None:
+    """As :func:`of_veto`, of the oracle's."""
+    if "oracle" not in result:
+        return None
+    row = {"at": "oracle", "veto": result["oracle"]["veto"]}
+    return of_veto({"play": result["play"], "vetoes": [row]}, "oracle", "veto", name)
 
 
 def rewarded(result: Result) -> float | None:
@@ -283,6 +292,64 @@ def _vetoes(results: Sequence[Result]) -> str:
         "catastrophe in which there was a veto. At random: as many vetoes of actions nobody judged.\n\n![vetoes](vetoes.png)\n\n"
         + _table(head, rows)
     )
+
+
+def _controls(results: Sequence[Result]) -> str:
+    rows = []
+    for task in _tasks(results):
+        quantities: list[tuple[str, str, Callable[[str], Quantity]]] = [
+            (
+                f"`{arm}`'s answers, certified threshold",
+                arm,
+                lambda name: partial(of_veto, at="certified", kind="veto", name=name),
+            )
+            for arm in ("joint", "separate", "probe")
+        ]
+        chance = ("as many at random", "joint", lambda name: partial(of_veto, at="certified", kind="random", name=name))
+        quantities.insert(1, chance)
+        quantities.append(("true risks (oracle)", "oracle", lambda name: partial(of_oracle, name=name)))
+        rows.append([load_title(task), "none", *_unvetoed(results, task, "plain"), "–", "–", "–", "–"])
+        for what, arm, of in quantities:
+            told = {
+                name: _of_task(results, arm, task, of(name))
+                for name in ("return", "catastrophes", "averted", "lost", "veto_rate", "disrupted")
+            }
+            if told["return"] is not None:
+                cells = [
+                    _shown(told[name], digits)
+                    for name, digits in (("return", 1), ("catastrophes", 3), ("averted", 2), ("lost", 1))
+                ]
+                rows.append(
+                    [load_title(task), what, *cells, _shown(told["veto_rate"], 3), _shown(told["disrupted"], 2)]
+                )
+        if collect(results, "punished", partial(played, name="return")).get(task):
+            rows.append(
+                [
+                    load_title(task),
+                    "none; catastrophes punished",
+                    *_unvetoed(results, task, "punished"),
+                    "–",
+                    "–",
+                    "–",
+                    "–",
+                ]
+            )
+    head = ["task", "veto by", "return", "catastrophes", "averted", "return lost", "vetoes / step", "disrupted"]
+    return (
+        "## The certified veto and its controls\n\n`separate` is a safety critic of its own, as in Recovery RL; the "
+        "oracle plays on in clones of the "
+        "simulator, where that is possible, in the task's Python environment and in fewer episodes; it knows the "
+        "environment's noise to come, and no answerer "
+        "can do better. Return and catastrophes are read together: where an agent avoids the catastrophe by doing nothing (the cliff), few "
+        "catastrophes say nothing.\n\n" + _table(head, rows)
+    )
+
+
+def _unvetoed(results: Sequence[Result], task: str, arm: str) -> list[str]:
+    return [
+        _shown(_of_task(results, arm, task, partial(played, name=name)), digits)
+        for name, digits in (("return", 1), ("catastrophes", 3))
+    ]
 
 
 def _rewards(results: Sequence[Result]) -> str:

@@ -42,6 +42,7 @@ def grid(tasks: Sequence[str], arms: Sequence[str], seeds: Iterable[int], labels
     from sb3_qa.study.task import load_task
 
     on_policy = {name: issubclass(load_task(name).algorithm, OnPolicyAlgorithm) for name in tasks}
+    cloned = {name for name in tasks if load_task(name).oracle is not None}
     return [
         Cell(task, arm, seed, share)
         for seed in seeds
@@ -50,6 +51,7 @@ def grid(tasks: Sequence[str], arms: Sequence[str], seeds: Iterable[int], labels
         for arm in arms
         if (share == 1.0 or (ARMS[arm].questions and not ARMS[arm].punished and on_policy[task]))
         and (on_policy[task] or not ARMS[arm].on_policy)
+        and (arm != "oracle" or task in cloned)
     ]
 
 
@@ -68,6 +70,7 @@ def run_cell(cell: Cell, models: str | None = None) -> Result:
         CALIBRATION_SEED,
         TEST_SEED,
         answers,
+        oracle_veto,
         play,
         reward_of_answers,
         shadowed,
@@ -90,7 +93,10 @@ def run_cell(cell: Cell, models: str | None = None) -> Result:
         "solved_at": next((steps for steps, mean in trained.curve if mean >= task.solved), None),
     }
     qa, model = trained.answerer, trained.model
-    if qa is None:
+    if cell.arm == "oracle":
+        result["oracle"] = oracle_veto(task, model)
+        result["play"] = result["oracle"]["none"]
+    elif qa is None:
         result["play"] = summary(play(task, model, TEST_SEED))
     else:
         learn, test = Knowledge(qa), Knowledge(qa)

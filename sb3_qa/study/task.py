@@ -64,6 +64,8 @@ class Task:
     """``(n_envs, seed)`` -> environments, where they are not made of :attr:`make`."""
     oracle: Oracle | None = None
     """True risks by counterfactual rollouts of a cloned simulator, where that is possible."""
+    oracle_episodes: int = 40
+    """How many the oracle's veto plays, which is slow."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Fields that are otherwise in a run of seconds, which shows that the machinery works and nothing else."""
 

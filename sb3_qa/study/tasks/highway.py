@@ -93,5 +93,6 @@ TASK = Task(
     n_envs=8,
     solved=20.0,
     oracle=Counterfactuals(deep_copy, catastrophe="crashed", horizon=5, rollouts=2),
+    oracle_episodes=20,
     quick=dict(timesteps=4_096, episodes=16),
 )
