@@ -103,3 +103,18 @@ def test_highway_says_what_to_install(tmp_path):
     )
     assert done.returncode == 1
     assert "pip install 'sb3-qa[demo,highway]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(240)
+def test_language(tmp_path):
+    """One short run, which is not repeated, and its table."""
+    pytest.importorskip("minigrid")
+    arguments = ["--seeds", "1", "--arms", "text", "--timesteps", "8192", "--eval-steps", "60"]
+    assert "text 101" in run("language.py", tmp_path, *arguments, timeout=200)
+    (row,) = map(json.loads, (tmp_path / "out/runs.jsonl").read_text().splitlines())
+    scores = row["scores"]
+    assert scores["taught"]["instances"] == 501 and scores["held out"]["instances"] == 339
+    assert all(0.4 < scores[group]["accuracy"] <= 1.0 for group in ("taught", "held out", "object", "comparison"))
+    assert scores["taught"]["balanced"] > 0.5
+    assert "| text | held out: 339 |" in (tmp_path / "out/results.md").read_text()
+    assert "text 101" not in run("language.py", tmp_path, *arguments, timeout=60)
