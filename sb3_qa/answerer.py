@@ -42,13 +42,10 @@ class Reading:
     :param answerer: who reads
     :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
     :param memory: of a recurrent policy, what it remembers when it sees them; None of others
-    :param keep: the agent is about to act on these observations, see :meth:`Taps.read`
     :raises QAError: for a recurrent policy without a memory
     """
 
-    def __init__(
-        self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None, *, keep: bool = False
-    ) -> None:
+    def __init__(self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None) -> None:
         policy = self._policy = answerer.policy
         self._head: QAHead = policy.qa_head
         self._critic: Any = getattr(policy, "critic", None)
@@ -67,7 +64,7 @@ class Reading:
             self._critic = getattr(policy, "critic_target", None)
             self._latents = policy.qa_taps.read_target(policy, obs, *policy.qa_target)
         else:
-            self._latents = policy.qa_taps.read(policy, obs, keep=keep)
+            self._latents = policy.qa_taps.read(policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
         self._state_logits: Floats | None = None
 
@@ -414,7 +411,7 @@ class QuestionAnswerer:
         last = self._last
         if last is not None and last[1] == version and last[0] == contents and last[2].memory == memory:
             return last[2]
-        reading = Reading(self, self._batch(obs)[0], memory, keep=keep)
+        reading = Reading(self, self._batch(obs)[0], memory)
         if keep:
             self._last = (contents, version, reading)
         return reading

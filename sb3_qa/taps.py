@@ -101,16 +101,10 @@ class Taps:
         self.passing: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         """What enters and leaves each readout, while a pass is recorded."""
         self._watched: list[torch.Tensor] = []
-        self._kept: tuple[Any, int, Any] | None = None
         # Two readouts of one and the same tensor (a shared extractor without layers of their own) count once.
         latents = self._by_evaluation(policy)
         self.keep = [n for n, x in enumerate(latents) if not any(_is_same(x, other) for other in latents[:n])]
         self.latent_dim = sum(latents[n].shape[-1] for n in self.keep)
-
-    @property
-    def has_kept(self) -> bool:
-        """Whether features wait for the policy's own pass."""
-        return self._kept is not None
 
     @property
     def is_dense(self) -> bool:
@@ -122,8 +116,7 @@ class Taps:
 
     def __getstate__(self) -> dict[str, Any]:
         dense = None if self._dense is None else tuple(_Dense() for _ in self._dense)
-        blank = {"seen": [None] * len(self.names), "_watched": [], "passing": None, "_dense": dense, "_kept": None}
-        return {**self.__dict__, **blank}
+        return {**self.__dict__, "seen": [None] * len(self.names), "_watched": [], "passing": None, "_dense": dense}
 
     def _copy(self) -> Taps:
         taps = Taps.__new__(Taps)
@@ -155,11 +148,8 @@ class Taps:
         """Forget a pass."""
         self.seen = [None] * len(self.names)
 
-    def read(self, policy: Any, obs: Any, *, keep: bool = False) -> list[Floats]:
-        """Latents of each readout (n, dim) for a batch of observations, arrays or tensors; no gradients, no use of a random stream.
-
-        :param keep: keep the features for the policy's own next pass, as the agent is about to act on these observations
-        """
+    def read(self, policy: Any, obs: Any) -> list[Floats]:
+        """Latents of each readout (n, dim) for a batch of observations, arrays or tensors; no gradients, no use of a random stream."""
         if self._dense is not None and isinstance(obs, np.ndarray):
             x = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
             small = [dense(layers, x) for dense, layers in zip(self._dense, self._layers(policy), strict=True)]
@@ -167,7 +157,7 @@ class Taps:
             if len(latents) == len(small):
                 return latents
         with torch.no_grad(), _evaluating(policy):
-            return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs), keep=keep)]
+            return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
 
     def recall(self, policy: Any, obs: Any, memory: Memory) -> tuple[list[Floats], Memory]:
         """As :meth:`read`, of a recurrent policy with its memory; and the memory that these observations are part of.
@@ -210,13 +200,11 @@ class Taps:
             layers = layers[: max(n for n, layer in enumerate(layers) if isinstance(layer, nn.Linear))]
         return [layers]
 
-    def tensors(self, policy: Any, obs: Any, *, keep: bool = False) -> list[torch.Tensor]:
+    def tensors(self, policy: Any, obs: Any) -> list[torch.Tensor]:
         """Latents of each readout (n, dim) for a batch of tensors, as the policy computes them."""
         if not self._direct:
             return self._by_passes(policy, obs)
         features = policy.extract_features(obs)
-        if keep and not policy.training:
-            self._kept = _copied(obs), self.version(policy), features
         if policy.share_features_extractor:
             return list(policy.mlp_extractor(features))
         pi_features, vf_features = features
@@ -279,16 +267,6 @@ class Taps:
                 return np.asarray(np.take_along_axis(values, actions, axis=1), np.float32)
             best = self.preferred(policy, obs, latents)
             return np.asarray(-np.square(actions - best[:, None]).reshape(*actions.shape[:2], -1).sum(-1), np.float32)
-
-    def kept(self, policy: Any, obs: Any) -> Any:
-        """The features of these observations where they have been read of the very same, by the same weights; None otherwise.
-
-        An extractor of images takes most of the time of a pass. They are given away once, in a pass without a gradient.
-        """
-        (seen, version, features), self._kept = self._kept or (None, 0, None), None
-        if torch.is_grad_enabled() or policy.training or version != self.version(policy) or not _are_equal(seen, obs):
-            return None
-        return features
 
     def version(self, policy: Any) -> int:
         """A number that changes whenever an optimiser, or a state that is loaded, changes the agent's weights."""
@@ -478,18 +456,6 @@ def _tensors(policy: Any, obs: Any) -> Any:
     return obs_as_tensor(obs, policy.device) if isinstance(obs, (np.ndarray, dict)) else obs
 
 
-def _copied(obs: Any) -> Any:
-    """In memory of its own: an environment may write its next observations over these."""
-    return {key: value.clone() for key, value in obs.items()} if isinstance(obs, dict) else obs.clone()
-
-
-def _are_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_are_equal(a[key], b[key]) for key in a)
-    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return tensors and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
 @contextmanager
 def _recording(policy: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
     seen: dict[str, torch.Tensor] = {}
@@ -519,8 +485,7 @@ def _evaluating(policy: Any) -> Iterator[None]:
 
 
 def _is_stock(cls: type, name: str) -> bool:
-    # What our own mixin puts around a method changes nothing in what it computes.
-    owner = next((c for c in cls.__mro__ if name in vars(c) and c.__module__ != "sb3_qa.policies.mixin"), None)
+    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
     return owner is not None and owner.__module__.startswith(("stable_baselines3.", "sb3_contrib."))
 
 

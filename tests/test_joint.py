@@ -81,53 +81,6 @@ def test_bit_equal_for_images_and_dicts(observation: str, shared: bool) -> None:
     assert_same_agents(plain, joint)
 
 
-@pytest.mark.parametrize("observation", ["image", "dict"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
-def test_features_that_a_wrapper_has_read_are_not_computed_again(observation: str, shared: bool) -> None:
-    kwargs = dict(observation=observation, policy_kwargs=dict(share_features_extractor=shared, qa_coef=0.0), n_epochs=1)
-    joint = make_model(**kwargs)
-    joint.set_env(VecAnswerQuestions(joint.get_env()))
-    extractor = joint.policy.features_extractor if shared else joint.policy.pi_features_extractor
-    batches: list[Any] = []
-    extractor.register_forward_hook(lambda module, args, out: batches.append((torch.is_grad_enabled(), len(out))))
-    joint.learn(24 * joint.n_envs, callback=QACallback())
-    without_gradient = batches.count((False, joint.n_envs))
-    assert 24 <= without_gradient < 36  # once a step, and at ends of episodes and of the rollout; 48 without that
-    assert_same_agents(make_model(qa=False, **kwargs).learn(24 * joint.n_envs), joint)
-
-
-def test_features_are_computed_anew_for_another_pass() -> None:
-    policy = make_model(observation="image").policy.eval()
-    obs = np.stack([policy.observation_space.sample() for _ in range(3)])
-    same, calls = torch.as_tensor(obs), []
-    policy.features_extractor.register_forward_hook(lambda *args: calls.append(1))
-
-    def computed(given: torch.Tensor, between: Any = lambda: None) -> int:
-        """How often the extractor runs for these, after a wrapper has asked about ``obs``."""
-        policy.qa_taps.read(policy, obs, keep=True)
-        between()
-        calls.clear()
-        features = policy.extract_features(given)
-        assert torch.equal(features, type(policy).__mro__[2].extract_features(policy, given))
-        return len(calls) - 1
-
-    def step() -> None:
-        for parameter in policy.features_extractor.parameters():
-            parameter.add_(0.01)
-
-    with torch.no_grad():
-        assert computed(same) == 0
-        assert computed(255 - same) == 1
-        assert computed(same[:2]) == 1
-        assert computed(same, step) == 1
-        assert computed(same, lambda: policy.extract_features(same)) == 1  # given away once
-        assert computed(same, policy.train) == 1
-    policy.eval()
-    assert computed(same) == 1  # a pass that is learnt from needs a graph
-    policy.qa_taps.read(policy, obs, keep=True)
-    assert policy.qa_taps.has_kept and not copy.deepcopy(policy).qa_taps.has_kept
-
-
 def test_bit_equal_for_gsde_normalised() -> None:
     plain = make_model(action="box", qa=False, use_sde=True)
     plain.set_env(VecNormalize(plain.get_env()))

@@ -180,15 +180,6 @@ class QAPolicyMixin:
         lstm = lstm_arguments(self) if is_recurrent(self) else {}
         return {**super()._get_constructor_parameters(), **lstm, **self.qa_kwargs}  # type: ignore[misc]
 
-    def extract_features(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the base policy's, but for observations whose features a wrapper has just read: those are taken from there."""
-        taps: Taps | None = self.__dict__.get("qa_taps")
-        if taps is not None and taps.has_kept and not args and not kwargs and not torch.compiler.is_compiling():
-            features = taps.kept(self, obs)
-            if features is not None:
-                return features
-        return super().extract_features(obs, *args, **kwargs)  # type: ignore[misc]
-
     def _checked_names(self, names: list[str] | None) -> list[str] | None:
         n = getattr(self.action_space, "n", None)
         if names is not None and len(names) != n:
