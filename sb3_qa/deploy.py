@@ -57,7 +57,7 @@ class AnswererModule(nn.Module):
 
     def __init__(self, answerer: QuestionAnswerer) -> None:
         super().__init__()
-        policy = copy.deepcopy(answerer.policy).to("cpu")
+        policy = _copied(answerer.policy).to("cpu")
         policy.set_training_mode(False)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -190,6 +190,12 @@ _LSTM_POLICIES = (
     "RecurrentActorCriticCnnPolicy",
     "RecurrentMultiInputActorCriticPolicy",
 )
+
+
+def _copied(policy: Any) -> Any:
+    """A copy, right after training too: distributions then hold tensors of a graph, which cannot be copied and are shared."""
+    held = [module.action_dist for module in policy.modules() if hasattr(module, "action_dist")]
+    return copy.deepcopy(policy, {id(each): copy.copy(each) for each in held})
 
 
 def _decoded(instance: Instance, logits: torch.Tensor) -> torch.Tensor:

@@ -319,7 +319,7 @@ def test_scores_in_the_log_are_of_answers_given_with_what_was_remembered(monkeyp
     n_scored = 0
 
     def checking(
-        logger: Any, answerer: Any, store: Any, rows: Any, obs: Any, actions: Any, room: Any, memory: Any
+        logger: Any, answerer: Any, store: Any, rows: Any, obs: Any, actions: Any, room: Any, memory: Any, *more: Any
     ) -> None:
         nonlocal n_scored
         latents, _ = model.policy.qa_taps.recall(model.policy, obs, memory)
