@@ -91,6 +91,12 @@ def test_answers_are_the_answerers(files: Path, name: str) -> None:
     assert re.findall(r"(left|right) +(\d+) %", said)[0][1] == f"{100 * qa.ask('lean', obs).probabilities[0, 0]:.0f}"
 
 
+def test_what_was_not_taught_as_such_is_told_with_its_familiarity(files: Path) -> None:
+    assert "understood as" not in talk(files / "cart.zip", "fall[k=10]", "Do I move left?")
+    said = talk(files / "cart.zip", "Will I fall within 5 steps if I choose push left?")
+    assert "understood as fall[k=5], familiarity 1.00" in said
+
+
 def test_what_if_compares_an_action_with_the_agents_own(files: Path) -> None:
     said = talk(files / "cart.qa", "what if I choose push right?")
     assert "if I choose" in said and "push right" in said and "(the agent's choice)" in said
