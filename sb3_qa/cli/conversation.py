@@ -171,7 +171,9 @@ class Conversation:
                 self._answer(instance.key)
             return
         answer = self._ask(question)
-        if answer.familiarity < 1.0 or answer.understood_as not in self.qa.catalogue.instances:  # it was not taught as such
+        if (
+            answer.familiarity < 1.0 or answer.understood_as not in self.qa.catalogue.instances
+        ):  # it was not taught as such
             taken = f"understood as {answer.understood_as}, familiarity {answer.familiarity:.2f}"
             self.console.print(taken, style="italic", markup=False)
         table = Table(box=None, show_header=False, pad_edge=False)

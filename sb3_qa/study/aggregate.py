@@ -18,16 +18,17 @@ Table = dict[str, dict[int, float]]
 N_RESAMPLES = 5_000
 
 
-def interquartile_mean(values: NDArray[np.float64]) -> float:
-    """Mean of the middle half of the values; those at its ends count in part (Agarwal et al. 2021, arXiv 2108.13264).
+def interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the middle half of the values (..., n); those at its ends count in part (Agarwal et al. 2021, arXiv 2108.13264).
 
-    >>> interquartile_mean(np.array([0.0, 1.0, 2.0, 3.0, 100.0]))
+    >>> float(interquartile_mean(np.array([0.0, 1.0, 2.0, 3.0, 100.0])))
     2.0
     """
-    ordered = np.sort(values)
-    edges = np.arange(len(ordered) + 1) / len(ordered)
+    ordered = np.sort(values, axis=-1)
+    n = ordered.shape[-1]
+    edges = np.arange(n + 1) / n
     share = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0.0, None)
-    return float(share @ ordered / share.sum())
+    return np.asarray(ordered @ share / share.sum())
 
 
 def collect(
@@ -64,11 +65,9 @@ def estimate(table: Table, seed: int = 0) -> Interval | None:
     if not strata:
         return None
     rng = np.random.default_rng(seed)
-    means = [
-        interquartile_mean(np.concatenate([rng.choice(values, len(values)) for values in strata]))
-        for _ in range(N_RESAMPLES)
-    ]
-    middle = interquartile_mean(np.concatenate(strata))
+    resampled = [rng.choice(values, (N_RESAMPLES, len(values))) for values in strata]
+    means = interquartile_mean(np.concatenate(resampled, axis=1))
+    middle = float(interquartile_mean(np.concatenate(strata)))
     if all(len(values) < 2 for values in strata):
         return Interval(middle, float("nan"), float("nan"))
     low, high = np.quantile(means, [0.025, 0.975])

@@ -22,7 +22,7 @@ SAME_AGENT = ("detached", "separate", "probe")
 """Arms whose agent is that of ``plain``."""
 LABELS = (1.0, 0.1, 0.01)
 AT = ("0.02", "0.05", "0.1", "certified")
-COMMAND = "python -m sb3_qa study --workers 2 --labels 1 0.1 0.01"
+COMMAND = "make study ARGS='--workers 2 --labels 1 0.1 0.01'"
 
 Quantity = Callable[[Result], "float | None"]
 
@@ -125,7 +125,8 @@ def _opening(results: Sequence[Result]) -> str:
         "figures of all. Across seeds: interquartile means with 95 % stratified bootstrap intervals.\n\n"
         "Seeds that were run:\n\n"
         + _table(["task", *(f"`{arm}`" for arm in ARMS), "10 % labels", "1 % labels"], rows)
-        + left
+        + "\n\nFive are planned; with fewer, intervals are of few runs, and a resample of two or three of them is narrower than what they would "
+        "say of runs to come." + left
     )
 
 

@@ -36,7 +36,7 @@ def way(position: NDArray[Any]) -> float:
 class Progress(gym.Wrapper[Any, Any, Any, Any]):
     """Positions in units that a network likes; the reward is how much shorter the way became, and ten for the goal.
 
-    By the paper's reward, minus the straight distance at each step, to crash early is the best end but one, and PPO learns that.
+    By the paper's reward, minus the straight distance at each step, an early crash costs less than a long way round.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
