@@ -125,7 +125,7 @@ def _opening(results: Sequence[Result]) -> str:
         "figures of all. Across seeds: interquartile means with 95 % stratified bootstrap intervals.\n\n"
         "Seeds that were run:\n\n"
         + _table(["task", *(f"`{arm}`" for arm in ARMS), "10 % labels", "1 % labels"], rows)
-        + "\n\nFive are planned; with fewer, intervals are of few runs, and a resample of two or three of them is narrower than what they would "
+        + "\n\nFive are planned; with fewer, intervals are of few runs, and narrower than what they would "
         "say of runs to come." + left
     )
 
