@@ -252,6 +252,8 @@ def _labels(results: Sequence[Result]) -> str:
         for share in LABELS
         if collect(results, "joint", skill, share).get(task)
     ]
+    if not any(result["labels"] < 1.0 for result in results):
+        return "## Fewer labels\n\nNot reached for lack of time."
     return (
         "## Fewer labels\n\nSkill by the share of the steps that have labels.\n\n![skill by labels](labels.png)\n\n"
         + _table(["task", "labels", *(f"`{arm}`" for arm in arms)], rows)
@@ -496,7 +498,7 @@ def _draw(results: Sequence[Result], folder: Path) -> None:
     ax: Any = np.ravel(grid)[0]
     for n, arm in enumerate(ANSWERING):
         _errorbars(ax, [_of_task(results, arm, task, skill) for task in tasks], (n - 2.5) * 0.12, arm)
-    ax.set(xticks=range(len(tasks)), xticklabels=[load_title(task) for task in tasks], ylabel="skill of the answers")
+    ax.set(xticks=range(len(tasks)), xticklabels=tasks, ylabel="skill of the answers")
     ax.legend(ncols=3, frameon=False, fontsize=8)
     figure.savefig(folder / "skill.png")
 
@@ -525,7 +527,7 @@ def _draw(results: Sequence[Result], folder: Path) -> None:
                 ax.plot(*zip(*told, strict=True), "o--" if arm == "random" else "o-", ms=4, label=arm)
         ax.axhline(0.0, color="0.8", lw=0.8, zorder=0)
         ax.axvline(0.0, color="0.8", lw=0.8, zorder=0)
-        ax.set(title=load_title(task), xlabel="return lost", ylabel="catastrophes averted")
+        ax.set(title=task, xlabel="return lost", ylabel="catastrophes averted")
     if tasks:
         np.ravel(grid)[0].legend(frameon=False, fontsize=7)
     figure.savefig(folder / "vetoes.png")
