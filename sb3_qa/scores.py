@@ -177,8 +177,14 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, horizon: int) -> Floats:
     _require(horizon >= 1, f"horizon={horizon}", "at least 1 step", "give the longest one asked about")
     at_risk = np.array([(t >= step).sum() for step in range(1, horizon + 1)], np.float64)
     events = np.array([(happened & (t == step)).sum() for step in range(1, horizon + 1)], np.float64)
+    return _product_limit(events, at_risk)
+
+
+def _product_limit(events: Floats, at_risk: Floats) -> Floats:
+    """Share without the event after 0..K steps, (..., K + 1), of events and futures followed at each of K steps, (..., K)."""
     with np.errstate(invalid="ignore"):  # 0 / 0 where nobody is left is the nan we want
-        return np.concatenate([[1.0], np.cumprod(1.0 - events / at_risk)])
+        hazard = events / at_risk
+    return np.concatenate([np.ones((*hazard.shape[:-1], 1)), np.cumprod(1.0 - hazard, axis=-1)], axis=-1)
 
 
 def wilson_interval(events: ArrayLike, count: ArrayLike, *, level: float = 0.95) -> tuple[Floats, Floats]:
@@ -409,10 +415,7 @@ def survival_intervals(
     at_risk = np.cumsum(exits[:, ::-1], axis=1)[:, ::-1]  # of futures that are known for j steps at least
 
     def curve(weights: Floats) -> Floats:
-        followed = weights @ at_risk[:, 1:]
-        hazard = (weights @ deaths[:, 1:]) / np.maximum(followed, 1.0)
-        hazard = np.where(followed > 0, hazard, np.nan)  # nobody was followed for so long
-        return np.concatenate([np.ones((len(weights), 1)), np.cumprod(1.0 - hazard, axis=1)], axis=1)
+        return _product_limit(weights @ deaths[:, 1:], weights @ at_risk[:, 1:])
 
     estimate = curve(np.ones((1, n)))[0]
     if n == 1:

@@ -16,7 +16,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.evaluation import AnswerRecord, Episodes, run_episodes
 from sb3_qa.questions import Instance, YesNo, nearest
 from sb3_qa.scores import Interval, bootstrap_interval, wilson_interval
-from sb3_qa.shadow import CatastropheOf, episode_record
+from sb3_qa.shadow import CatastropheOf, ShadowEpisodes, episode_record
 from sb3_qa.truth import Fact, Step
 from sb3_qa.wrappers import VecVetoAction
 
@@ -120,25 +120,21 @@ def play(agent: Any, make: MakeEnv, plan: Plan) -> Played:
 def thresholds(played: Played) -> list[Threshold]:
     """For some thresholds, what a veto would have stopped: counts and 95 % Wilson intervals over the watched episodes."""
     grid = np.array(sorted({*GRID, played.plan.threshold}))
-    records = [episode_record(trace, grid, LEAD, None) for trace in played.watched.traces]
-    bad = np.array([record["catastrophe"] is not None for record in records])
-    level = np.array([record["level"] for record in records])
-    steps = sum(record["steps"] for record in records)
-    table = []
-    for n, threshold in enumerate(grid.tolist()):
-        flagged = level > n
-        flags = sum(count for record in records for at, count in record["flags"] if at > n)
-        table.append(
-            Threshold(
-                threshold=threshold,
-                warned=_share(int((flagged & bad).sum()), int(bad.sum())),
-                n_warned=int((flagged & bad).sum()),
-                false=_share(int((flagged & ~bad).sum()), int((~bad).sum())),
-                n_false=int((flagged & ~bad).sum()),
-                flags_per_1000=1000.0 * flags / max(steps, 1),
-            )
+    watched = ShadowEpisodes(len(grid), {})
+    watched.add([episode_record(trace, grid, LEAD, None) for trace in played.watched.traces])
+    bad = watched.catastrophes
+    columns = grid, bad - watched.misses, watched.false_alarms, watched.flagged_steps
+    return [
+        Threshold(
+            threshold=threshold,
+            warned=_share(n_warned, bad),
+            n_warned=n_warned,
+            false=_share(n_false, watched.episodes - bad),
+            n_false=n_false,
+            flags_per_1000=1000.0 * flags / max(watched.steps, 1),
         )
-    return table
+        for threshold, n_warned, n_false, flags in zip(*(column.tolist() for column in columns), strict=True)
+    ]
 
 
 def warned(played: Played) -> NDArray[np.bool_]:

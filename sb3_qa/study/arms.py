@@ -51,6 +51,11 @@ class Arm(NamedTuple):
     punished: str = ""
     """What is taken from the reward: "catastrophes" as they happen, or the "answers" about them as they are given."""
 
+    @property
+    def shapes_agent(self) -> bool:
+        """Whether questions make the agent another than ``plain``'s."""
+        return self.questions and self.trunk_gradient > 0 and not (self.separate or self.frozen)
+
 
 ARMS: dict[str, Arm] = {
     "plain": Arm("SB3 as it is, without questions", questions=False),
@@ -75,7 +80,7 @@ class Trained:
     seconds: float
     """Of training, wall-clock; of an arm that comes afterwards, without the agent's own."""
     curve: list[tuple[int, float]] = field(default_factory=list)
-    """Environment steps, and the mean return of the training episodes that ended in the tenth of the training before."""
+    """Environment steps, and the mean return of the training episodes that ended in the twentieth of the training before."""
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -87,7 +92,7 @@ class Trained:
 
 
 class Curve(BaseCallback):
-    """The mean return of training episodes, at each tenth of the training.
+    """The mean return of training episodes, at each twentieth of the training.
 
     :param timesteps: of the training
     """
@@ -162,14 +167,12 @@ def train_arm(
     labels: float = 1.0,
     folder: Path | None = None,
     env: VecEnv | None = None,
-    timesteps: int | None = None,
 ) -> Trained:
     """Train an arm.
 
     :param labels: share of the steps that have labels, in (0, 1]
     :param folder: where the plain agents are kept that other arms begin with; without one they are trained each time
     :param env: to train in, in place of the task's
-    :param timesteps: to train for, in place of the task's
     :raises QAError: when there is no such arm for the task
     """
     if arm not in ARMS:
@@ -182,7 +185,6 @@ def train_arm(
         raise QAError(
             f"arm {arm!r} with labels={labels:g} got {task.algorithm.__name__}; expected an on-policy algorithm; leave it out"
         )
-    timesteps = task.timesteps if timesteps is None else timesteps
     before = plain_agent(task, seed, folder) if how.afterwards else None
     if before is not None and not how.questions:  # there is nothing to be learnt
         return Trained(before, None, 0.0)
@@ -201,9 +203,8 @@ def train_arm(
     if how.punished == "catastrophes":
         venv = Punished(venv, task.catastrophe, task.penalty)
     elif how.punished == "answers":
-        horizon = (
-            Catalogue(task.questions).instances[task.risk].horizon or 1
-        )  # of so many steps each tells of the same one
+        # So many steps tell of the same catastrophe.
+        horizon = Catalogue(task.questions).instances[task.risk].horizon or 1
         venv = VecShapeReward(venv, rewards={task.risk: -task.penalty / horizon}, mode="add")
     model = task.algorithm(policy, venv, policy_kwargs=kwargs, seed=seed, device="cpu", **task.hyperparameters)
     if before is not None:
@@ -212,12 +213,12 @@ def train_arm(
             freeze(model.policy)
         elif how.kl:
             anchor(model.policy, how.kl)
-    curve = Curve(timesteps)
+    curve = Curve(task.timesteps)
     callbacks: list[BaseCallback] = [curve]
     if how.questions:
         callbacks.append(QACallback() if labels == 1.0 else LimitedLabels(labels, seed))
     started = time.perf_counter()
-    model.learn(timesteps, callback=callbacks)
+    model.learn(task.timesteps, callback=callbacks)
     seconds = time.perf_counter() - started
     venv.close()
     answerer = QuestionAnswerer.from_model(model) if how.questions else None

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.bounds import fixed_sequence
 from sb3_qa.evaluation import Agent, AnswerRecord, Episodes, run_episodes, score_answers, seeded_vec_env
-from sb3_qa.shadow import episode_record
+from sb3_qa.shadow import ShadowEpisodes, episode_record
 from sb3_qa.study.arms import Trained, train_arm
 from sb3_qa.study.oracle import oracle_vec_env
 from sb3_qa.study.task import Task
@@ -124,10 +124,9 @@ def answers(record: AnswerRecord) -> dict[str, dict[str, float]]:
 
 def certified_threshold(episodes: Episodes, miss_rate: float = MISS_RATE) -> float | None:
     """The highest threshold that :func:`sb3_qa.certify` would claim from these episodes, which no veto was in; None if none."""
-    records = [episode_record(trace, GRID, 1, None) for trace in episodes.traces]
-    levels = np.array([record["level"] for record in records if record["catastrophe"] is not None], np.int64)
-    misses = np.cumsum(np.bincount(levels, minlength=len(GRID) + 1))[:-1]
-    index = fixed_sequence(misses, len(levels), miss_rate, CONFIDENCE) - 1
+    watched = ShadowEpisodes(len(GRID), {})
+    watched.add([episode_record(trace, GRID, 1, None) for trace in episodes.traces])
+    index = fixed_sequence(watched.misses, watched.catastrophes, miss_rate, CONFIDENCE) - 1
     return float(GRID[index]) if index >= 0 else None
 
 

@@ -21,6 +21,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.evaluation import Agent, SeededEpisodes
 from sb3_qa.study.task import Oracle, Task
 from sb3_qa.truth import Fact, Step
+from sb3_qa.wrappers.judged import verdict
 from sb3_qa.wrappers.shell import no_action, plain
 from sb3_qa.wrappers.shell import stack as batch
 from sb3_qa.wrappers.substitutes import all_actions
@@ -142,7 +143,7 @@ class OracleVeto(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(**kwargs)
         nothing = no_action(self.action_space)
-        return obs, {**info, **_told(0.0, False, False, nothing, nothing, False)}
+        return obs, {**info, **verdict(0.0, False, False, nothing, nothing, False)}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         # What is proposed is the first candidate, so that it is kept where nothing is safer.
@@ -157,7 +158,7 @@ class OracleVeto(gym.Wrapper[Any, Any, Any, Any]):
         executed = plain(candidates[best])
         obs, reward, terminated, truncated, info = self.env.step(executed)
         unsafe = bool(risks.min() >= self.threshold)
-        told = _told(float(risks[0]), flagged, best > 0, plain(candidates[0]), executed, unsafe)
+        told = verdict(float(risks[0]), flagged, best > 0, plain(candidates[0]), executed, unsafe)
         return obs, reward, terminated, truncated, {**info, **told}
 
     def _candidates(self, proposed: NDArray[Any]) -> NDArray[Any]:
@@ -176,17 +177,6 @@ class OracleVeto(gym.Wrapper[Any, Any, Any, Any]):
                 f"OracleVeto got the action space {space}; expected one that can be listed, or a Box; use another"
             )
         return np.concatenate([proposed[None].astype(others.dtype), others])
-
-
-def _told(risk: float, flagged: bool, vetoed: bool, proposed: Any, executed: Any, unsafe: bool) -> dict[str, Any]:
-    return {
-        "qa/risk": risk,
-        "qa/catastrophe": flagged,
-        "qa/vetoed": vetoed,
-        "qa/proposed_action": proposed,
-        "qa/executed_action": executed,
-        "qa/no_safe_action": unsafe,
-    }
 
 
 def oracle_vec_env(

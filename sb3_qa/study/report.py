@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sb3_qa.errors import QAError
 from sb3_qa.scores import Interval
 from sb3_qa.study.aggregate import Result, Table, collect, difference, estimate, verdict
 from sb3_qa.study.arms import ARMS
@@ -18,8 +19,6 @@ __all__ = ["write_report"]
 
 ANSWERING = ("joint", "detached", "separate", "probe", "finetune", "anchored")
 AFTERWARDS = ("probe", "finetune", "anchored", "separate")
-SAME_AGENT = ("detached", "separate", "probe")
-"""Arms whose agent is that of ``plain``."""
 LABELS = (1.0, 0.1, 0.01)
 AT = ("0.02", "0.05", "0.1", "certified")
 COMMAND = "make study ARGS='--workers 2 --labels 1 0.1 0.01'"
@@ -53,7 +52,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
 # --- Quantities of a run ----------------------------------------------------------------------------------------------------
 def skill(result: Result, where: str = "answers") -> float | None:
     """Mean skill over the questions of a task; where the agent is the plain one, its episodes are the own ones."""
-    if where == "answers_common" and result["arm"] in SAME_AGENT:
+    if where == "answers_common" and not ARMS[result["arm"]].shapes_agent:
         where = "answers"
     scores = [each["skill"] for each in result.get(where, {}).values() if each["skill"] is not None]
     return float(np.mean(scores)) if scores else None
@@ -443,7 +442,7 @@ def load_title(task: str) -> str:
     """The title of a task, or its name where what it needs is not installed."""
     try:
         return load_task(task).title
-    except ImportError:
+    except QAError:
         return task
 
 

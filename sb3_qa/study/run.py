@@ -13,7 +13,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
 from sb3_qa.errors import QAError
+from sb3_qa.evaluation import AnswerRecord
+from sb3_qa.study.arms import ARMS, plain_agent, train_arm
+from sb3_qa.study.knowledge import Knowledge, probes
+from sb3_qa.study.measure import (
+    CALIBRATION_SEED,
+    TEST_SEED,
+    answers,
+    oracle_veto,
+    play,
+    reward_of_answers,
+    shadowed,
+    summary,
+    vetoes,
+)
+from sb3_qa.study.task import load_task
 
 __all__ = ["Cell", "finished", "grid", "run_cell", "run_grid"]
 
@@ -36,11 +54,6 @@ def grid(tasks: Sequence[str], arms: Sequence[str], seeds: Iterable[int], labels
 
     Fewer labels make a difference to arms that answer only, and arms that are not there for an algorithm are left out.
     """
-    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-
-    from sb3_qa.study.arms import ARMS
-    from sb3_qa.study.task import load_task
-
     on_policy = {name: issubclass(load_task(name).algorithm, OnPolicyAlgorithm) for name in tasks}
     cloned = {name for name in tasks if load_task(name).oracle is not None}
     return [
@@ -61,24 +74,6 @@ def run_cell(cell: Cell, models: str | None = None) -> Result:
     :param models: folder of the plain agents that arms begin with
     :return: what :mod:`sb3_qa.study.measure` tells, as JSON takes it
     """
-    import torch
-
-    from sb3_qa.evaluation import AnswerRecord
-    from sb3_qa.study.arms import ARMS, plain_agent, train_arm
-    from sb3_qa.study.knowledge import Knowledge, probes
-    from sb3_qa.study.measure import (
-        CALIBRATION_SEED,
-        TEST_SEED,
-        answers,
-        oracle_veto,
-        play,
-        reward_of_answers,
-        shadowed,
-        summary,
-        vetoes,
-    )
-    from sb3_qa.study.task import load_task
-
     torch.set_num_threads(1)
     started = time.perf_counter()
     task = load_task(cell.task)
@@ -104,12 +99,7 @@ def run_cell(cell: Cell, models: str | None = None) -> Result:
         reference = play(task, model, TEST_SEED, shadowed(task, qa), test)
         result["play"] = summary(reference)
         result["answers"] = answers(test)
-        if cell.arm in (
-            "joint",
-            "finetune",
-            "anchored",
-            "shaped",
-        ):  # whose agent is another: about the plain one's episodes
+        if ARMS[cell.arm].shapes_agent:  # about the episodes of the plain one as well
             common = AnswerRecord(qa)
             play(task, plain_agent(task, cell.seed, folder), TEST_SEED, record=common)
             result["answers_common"] = answers(common)
