@@ -5,25 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sb3_qa.errors import QAError
 from sb3_qa.scores import Interval
 from sb3_qa.study.aggregate import Result, Table, collect, difference, estimate, verdict
 from sb3_qa.study.arms import ARMS
-from sb3_qa.study.task import load_task, task_names
+from sb3_qa.study.drawing import draw
+from sb3_qa.study.quantities import (
+    ANSWERING,
+    AT,
+    LABELS,
+    Quantity,
+    gap,
+    of_oracle,
+    of_task,
+    of_veto,
+    played,
+    rewarded,
+    skill,
+    tasks_in,
+    title_of,
+    understated,
+)
+from sb3_qa.study.task import task_names
 
 __all__ = ["write_report"]
 
-ANSWERING = ("joint", "detached", "separate", "probe", "finetune", "anchored")
 AFTERWARDS = ("probe", "finetune", "anchored", "separate")
-LABELS = (1.0, 0.1, 0.01)
-AT = ("0.02", "0.05", "0.1", "certified")
 COMMAND = "make study ARGS='--workers 2 --labels 1 0.1 0.01'"
-
-Quantity = Callable[[Result], "float | None"]
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
@@ -45,68 +55,13 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     ]
     path = folder / "report.md"
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    _draw(results, folder)
+    draw(results, folder)
     return path
-
-
-# --- Quantities of a run ----------------------------------------------------------------------------------------------------
-def skill(result: Result, where: str = "answers") -> float | None:
-    """Mean skill over the questions of a task; where the agent is the plain one, its episodes are the own ones."""
-    if where == "answers_common" and not ARMS[result["arm"]].shapes_agent:
-        where = "answers"
-    scores = [each["skill"] for each in result.get(where, {}).values() if each["skill"] is not None]
-    return float(np.mean(scores)) if scores else None
-
-
-def played(result: Result, name: str) -> float | None:
-    """Of the episodes without a veto."""
-    value: float | None = result["play"][name]
-    return value
-
-
-def gap(result: Result) -> float | None:
-    """Skill of the best probe minus the arm's own, mean over its yes/no questions."""
-    each = [p["skill"] - p["own_skill"] for p in result.get("probes", {}).values() if p["own_skill"] is not None]
-    return float(np.mean(each)) if each else None
-
-
-def of_veto(result: Result, at: str, kind: str, name: str) -> float | None:
-    """What a veto changed: ``averted``, the share of the catastrophic episodes it took away; ``lost``, of the return."""
-    for row in result.get("vetoes", []):
-        if row["at"] == at and kind in row:
-            before, after = result["play"], row[kind]
-            if name == "averted":
-                return 1.0 - after["catastrophes"] / before["catastrophes"] if before["catastrophes"] else None
-            if name == "lost":
-                return float(before["return"] - after["return"])
-            value: float | None = after[name]
-            return value
-    return None
-
-
-def of_oracle(result: Result, name: str) -> float | None:
-    """As :func:`of_veto`, of the oracle's."""
-    if "oracle" not in result:
-        return None
-    row = {"at": "oracle", "veto": result["oracle"]["veto"]}
-    return of_veto({"play": result["play"], "vetoes": [row]}, "oracle", "veto", name)
-
-
-def rewarded(result: Result) -> float | None:
-    """True return of the agent that was trained on a reward made of the arm's answers."""
-    value: float | None = result.get("reward", {}).get("return")
-    return value
-
-
-def understated(result: Result, whose: str) -> float | None:
-    """How much less than what happens is said of the catastrophe: by the ``own`` answerer, or by the ``judge``."""
-    each = list(result.get("judge", {}).values())
-    return each[0]["frequency"] - each[0]["own_said" if whose == "own" else "said"] if each else None
 
 
 # --- Sections ---------------------------------------------------------------------------------------------------------------
 def _opening(results: Sequence[Result]) -> str:
-    tasks = _tasks(results)
+    tasks = tasks_in(results)
     rows = []
     for task in tasks:
         cells = [len(collect(results, arm, lambda _: 0.0).get(task, {})) for arm in ARMS]
@@ -114,7 +69,7 @@ def _opening(results: Sequence[Result]) -> str:
             min(len(collect(results, arm, lambda _: 0.0, share).get(task, {})) for arm in ("joint", "separate"))
             for share in LABELS[1:]
         ]
-        rows.append([load_title(task), *map(str, cells), *map(str, fewer)])
+        rows.append([title_of(task), *map(str, cells), *map(str, fewer)])
     missing = [name for name in task_names() if name not in tasks]
     left = f"\n\nNot reached for lack of time: {', '.join(missing)}." if missing else ""
     return (
@@ -197,16 +152,16 @@ def _premises(results: Sequence[Result]) -> str:
 
 def _play(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         for arm in ("plain", "joint", "finetune", "anchored", "punished", "shaped"):
-            cells = [_of_task(results, arm, task, partial(played, name=name)) for name in ("return", "catastrophes")]
+            cells = [of_task(results, arm, task, partial(played, name=name)) for name in ("return", "catastrophes")]
             if cells[0] is not None:
                 solved = [r["solved_at"] for r in results if (r["task"], r["arm"], r["labels"]) == (task, arm, 1.0)]
                 reached = [at for at in solved if at is not None]
                 median = (
                     f"{np.median(reached):,.0f} ({len(reached)} of {len(solved)})" if reached else f"0 of {len(solved)}"
                 )
-                rows.append([load_title(task), f"`{arm}`", _shown(cells[0], 1), _shown(cells[1], 3), median])
+                rows.append([title_of(task), f"`{arm}`", _shown(cells[0], 1), _shown(cells[1], 3), median])
     return (
         "## How the agents play\n\n`detached`, `separate` and `probe` have the agent of `plain`. Steps: environment steps "
         "to the mean return "
@@ -217,10 +172,10 @@ def _play(results: Sequence[Result]) -> str:
 
 def _answers(results: Sequence[Result]) -> str:
     rows = []
-    for task in [*_tasks(results), None]:
+    for task in [*tasks_in(results), None]:
         for where, name in (("answers", "own"), ("answers_common", "plain agent's")):
-            cells = [_of_task(results, arm, task, partial(skill, where=where)) for arm in ANSWERING]
-            rows.append(["**all**" if task is None else load_title(task), name, *(_shown(cell, 3) for cell in cells)])
+            cells = [of_task(results, arm, task, partial(skill, where=where)) for arm in ANSWERING]
+            rows.append(["**all**" if task is None else title_of(task), name, *(_shown(cell, 3) for cell in cells)])
     head = ["task", "episodes", *(f"`{arm}`" for arm in ANSWERING)]
     return (
         "## How good the answers are (M3)\n\nSkill: the share of the best constant answer's error that the answers remove, "
@@ -231,8 +186,8 @@ def _answers(results: Sequence[Result]) -> str:
 
 def _knowledge(results: Sequence[Result]) -> str:
     rows = [
-        [load_title(task), *(_shown(_of_task(results, arm, task, gap), 3) for arm in ("joint", "detached", "finetune"))]
-        for task in _tasks(results)
+        [title_of(task), *(_shown(of_task(results, arm, task, gap), 3) for arm in ("joint", "detached", "finetune"))]
+        for task in tasks_in(results)
     ]
     return (
         "## What the agent knows and the answers do not tell (M2)\n\nSkill of the best probe that is fitted afterwards to "
@@ -246,8 +201,8 @@ def _knowledge(results: Sequence[Result]) -> str:
 def _labels(results: Sequence[Result]) -> str:
     arms = ("joint", "detached", "separate", "probe")
     rows = [
-        [load_title(task), f"{share:.0%}", *(_shown(_of_task(results, arm, task, skill, share), 3) for arm in arms)]
-        for task in _tasks(results)
+        [title_of(task), f"{share:.0%}", *(_shown(of_task(results, arm, task, skill, share), 3) for arm in arms)]
+        for task in tasks_in(results)
         for share in LABELS
         if collect(results, "joint", skill, share).get(task)
     ]
@@ -261,11 +216,11 @@ def _labels(results: Sequence[Result]) -> str:
 
 def _vetoes(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         for at in AT:
             for arm in ANSWERING:
                 of = {
-                    (kind, name): _of_task(results, arm, task, partial(of_veto, at=at, kind=kind, name=name))
+                    (kind, name): of_task(results, arm, task, partial(of_veto, at=at, kind=kind, name=name))
                     for kind in ("veto", "random")
                     for name in ("averted", "lost", "veto_rate", "disrupted")
                 }
@@ -273,7 +228,7 @@ def _vetoes(results: Sequence[Result]) -> str:
                     cells = [_shown(of["veto", name], digits) for name, digits in (("averted", 2), ("lost", 1))]
                     cells += [_shown(of["random", "averted"], 2), _shown(of["random", "lost"], 1)]
                     cells += [_shown(of["veto", "veto_rate"], 3), _shown(of["veto", "disrupted"], 2)]
-                    rows.append([load_title(task), at, f"`{arm}`", *cells])
+                    rows.append([title_of(task), at, f"`{arm}`", *cells])
     head = [
         "task",
         "at",
@@ -298,7 +253,7 @@ def _vetoes(results: Sequence[Result]) -> str:
 
 def _controls(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         quantities: list[tuple[str, str, Callable[[str], Quantity]]] = [
             (
                 f"`{arm}`'s answers, certified threshold",
@@ -310,10 +265,10 @@ def _controls(results: Sequence[Result]) -> str:
         chance = ("as many at random", "joint", lambda name: partial(of_veto, at="certified", kind="random", name=name))
         quantities.insert(1, chance)
         quantities.append(("true risks (oracle)", "oracle", lambda name: partial(of_oracle, name=name)))
-        rows.append([load_title(task), "none", *_unvetoed(results, task, "plain"), "–", "–", "–", "–"])
+        rows.append([title_of(task), "none", *_unvetoed(results, task, "plain"), "–", "–", "–", "–"])
         for what, arm, of in quantities:
             told = {
-                name: _of_task(results, arm, task, of(name))
+                name: of_task(results, arm, task, of(name))
                 for name in ("return", "catastrophes", "averted", "lost", "veto_rate", "disrupted")
             }
             if told["return"] is not None:
@@ -321,13 +276,11 @@ def _controls(results: Sequence[Result]) -> str:
                     _shown(told[name], digits)
                     for name, digits in (("return", 1), ("catastrophes", 3), ("averted", 2), ("lost", 1))
                 ]
-                rows.append(
-                    [load_title(task), what, *cells, _shown(told["veto_rate"], 3), _shown(told["disrupted"], 2)]
-                )
+                rows.append([title_of(task), what, *cells, _shown(told["veto_rate"], 3), _shown(told["disrupted"], 2)])
         if collect(results, "punished", partial(played, name="return")).get(task):
             rows.append(
                 [
-                    load_title(task),
+                    title_of(task),
                     "none; catastrophes punished",
                     *_unvetoed(results, task, "punished"),
                     "–",
@@ -349,7 +302,7 @@ def _controls(results: Sequence[Result]) -> str:
 
 def _unvetoed(results: Sequence[Result], task: str, arm: str) -> list[str]:
     return [
-        _shown(_of_task(results, arm, task, partial(played, name=name)), digits)
+        _shown(of_task(results, arm, task, partial(played, name=name)), digits)
         for name, digits in (("return", 1), ("catastrophes", 3))
     ]
 
@@ -357,11 +310,11 @@ def _unvetoed(results: Sequence[Result], task: str, arm: str) -> list[str]:
 def _rewards(results: Sequence[Result]) -> str:
     rows = [
         [
-            load_title(task),
-            _shown(_of_task(results, "plain", task, partial(played, name="return")), 1),
-            *(_shown(_of_task(results, arm, task, rewarded), 1) for arm in ANSWERING),
+            title_of(task),
+            _shown(of_task(results, "plain", task, partial(played, name="return")), 1),
+            *(_shown(of_task(results, arm, task, rewarded), 1) for arm in ANSWERING),
         ]
-        for task in _tasks(results)
+        for task in tasks_in(results)
         if collect(results, "joint", rewarded).get(task)
     ]
     return (
@@ -373,10 +326,10 @@ def _rewards(results: Sequence[Result]) -> str:
 
 def _fooling(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         for arm in ("joint", "shaped"):
-            cells = [_of_task(results, arm, task, partial(understated, whose=whose)) for whose in ("own", "judge")]
-            rows.append([load_title(task), f"`{arm}`", *(_shown(cell, 4) for cell in cells)])
+            cells = [of_task(results, arm, task, partial(understated, whose=whose)) for whose in ("own", "judge")]
+            rows.append([title_of(task), f"`{arm}`", *(_shown(cell, 4) for cell in cells)])
     return (
         "## Does the agent fool its own answerer?\n\nFrequency of the catastrophe that the veto asks about, minus what is "
         "said of it on average: above 0 it "
@@ -387,14 +340,14 @@ def _fooling(results: Sequence[Result]) -> str:
 
 def _costs(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         for arm in ("plain", *ANSWERING):
-            seconds = _of_task(results, arm, task, lambda r: r["train_seconds"])
+            seconds = of_task(results, arm, task, lambda r: r["train_seconds"])
             size = [r["parameters"] for r in results if (r["task"], r["arm"]) == (task, arm)]
             if size:
                 rows.append(
                     [
-                        load_title(task),
+                        title_of(task),
                         f"`{arm}`",
                         f"{size[0]['agent']:,}",
                         f"{size[0]['questions']:,}",
@@ -411,7 +364,7 @@ def _costs(results: Sequence[Result]) -> str:
 
 def _questions(results: Sequence[Result]) -> str:
     rows = []
-    for task in _tasks(results):
+    for task in tasks_in(results):
         keys = next((list(r["answers"]) for r in results if r["task"] == task and "answers" in r), [])
         for key in keys:
             cells = []
@@ -424,7 +377,7 @@ def _questions(results: Sequence[Result]) -> str:
                 each = [score["skill"] for score in told if score["skill"] is not None]
                 ranks = [score["auroc"] for score in told if score.get("auroc") is not None]
                 cells.append((f"{np.mean(each):.2f}" if each else "–") + (f" ({np.mean(ranks):.2f})" if ranks else ""))
-            rows.append([load_title(task), f"`{key}`", *cells])
+            rows.append([title_of(task), f"`{key}`", *cells])
     return (
         "## Every question\n\nMean skill over seeds on the own agent's episodes; in brackets the area under the ROC curve "
         "of yes/no questions (a constant: "
@@ -434,25 +387,6 @@ def _questions(results: Sequence[Result]) -> str:
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------------
-def _tasks(results: Sequence[Result]) -> list[str]:
-    return [name for name in task_names() if any(result["task"] == name for result in results)]
-
-
-def load_title(task: str) -> str:
-    """The title of a task, or its name where what it needs is not installed."""
-    try:
-        return load_task(task).title
-    except QAError:
-        return task
-
-
-def _of_task(
-    results: Sequence[Result], arm: str, task: str | None, quantity: Quantity, labels: float = 1.0
-) -> Interval | None:
-    table = collect(results, arm, quantity, labels)
-    return estimate(table if task is None else {task: table.get(task, {})})
-
-
 def _negated(table: Table) -> Table:
     return {task: {seed: -value for seed, value in seeds.items()} for task, seeds in table.items()}
 
@@ -487,54 +421,3 @@ def _shown(interval: Interval | None, digits: int) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _draw(results: Sequence[Result], folder: Path) -> None:
-    from sb3_qa.figures import new_figure
-
-    tasks = _tasks(results)
-    figure, grid = new_figure(1, 1, size=(9, 3.6))
-    ax: Any = np.ravel(grid)[0]
-    for n, arm in enumerate(ANSWERING):
-        _errorbars(ax, [_of_task(results, arm, task, skill) for task in tasks], (n - 2.5) * 0.12, arm)
-    ax.set(xticks=range(len(tasks)), xticklabels=tasks, ylabel="skill of the answers")
-    ax.legend(ncols=3, frameon=False, fontsize=8)
-    figure.savefig(folder / "skill.png")
-
-    figure, grid = new_figure(1, 1, size=(6, 3.6))
-    ax = np.ravel(grid)[0]
-    for n, arm in enumerate(("joint", "detached", "separate", "probe")):
-        _errorbars(ax, [_of_task(results, arm, None, skill, share) for share in LABELS], (n - 1.5) * 0.08, arm)
-    ax.set(xticks=range(len(LABELS)), xticklabels=[f"{share:.0%}" for share in LABELS])
-    ax.set(xlabel="steps with labels", ylabel="skill of the answers")
-    ax.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "labels.png")
-
-    figure, grid = new_figure(1, max(len(tasks), 1), size=(3.6 * max(len(tasks), 1), 3.6))
-    for ax, task in zip(np.ravel(grid), tasks, strict=False):
-        for arm in (*ANSWERING, "random"):
-            kind, who = ("random", "joint") if arm == "random" else ("veto", arm)
-            points = [
-                [
-                    _of_task(results, who, task, partial(of_veto, at=at, kind=kind, name=name))
-                    for name in ("lost", "averted")
-                ]
-                for at in AT[:3]
-            ]
-            told = [(x.estimate, y.estimate) for x, y in points if x is not None and y is not None]
-            if told:
-                ax.plot(*zip(*told, strict=True), "o--" if arm == "random" else "o-", ms=4, label=arm)
-        ax.axhline(0.0, color="0.8", lw=0.8, zorder=0)
-        ax.axvline(0.0, color="0.8", lw=0.8, zorder=0)
-        ax.set(title=task, xlabel="return lost", ylabel="catastrophes averted")
-    if tasks:
-        np.ravel(grid)[0].legend(frameon=False, fontsize=7)
-    figure.savefig(folder / "vetoes.png")
-
-
-def _errorbars(ax: Any, intervals: Sequence[Interval | None], offset: float, label: str) -> None:
-    told = [(n + offset, each) for n, each in enumerate(intervals) if each is not None]
-    if told:
-        middle = np.array([each.estimate for _, each in told])
-        around = np.nan_to_num(np.array([[each.estimate - each.low, each.high - each.estimate] for _, each in told]).T)
-        ax.errorbar([x for x, _ in told], middle, np.maximum(around, 0.0), fmt="o", ms=4, capsize=2, label=label)
