@@ -313,8 +313,9 @@ class FlightRecorder:
         return db
 
     def _set_up(self, db: sqlite3.Connection) -> None:
-        (application,) = db.execute("PRAGMA application_id").fetchone()
+        # In this order: another process may be making the file, and its tables and its number are committed at once.
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = db.execute("PRAGMA application_id").fetchone()
         if tables and application != APPLICATION:
             raise sqlite3.DatabaseError("it is a database of something else")
         (size,) = db.execute("PRAGMA page_size").fetchone()

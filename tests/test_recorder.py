@@ -497,6 +497,11 @@ class TestSeveral:
         assert sorted(log.runs()) == [1, 2, 3]
         assert [sum(event.run == run for event in log.events()) for run in (1, 2, 3)] == [250] * 3
 
+    def test_made_by_several_processes_at_once(self, tmp_path):
+        for n in range(25):
+            processes = [forked(lambda n=n: FlightRecorder(tmp_path / f"{n}.sqlite").close()) for _ in range(6)]
+            assert [os.waitpid(process, 0)[1] for process in processes] == [0] * 6
+
     def test_environments_in_processes_of_their_own(self, qa, path, tmp_path):
         saved = tmp_path / "toy.qa"
         qa.save(saved)
