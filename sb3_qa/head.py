@@ -182,13 +182,13 @@ class QAHead(nn.Module):
         """
         self.n_updates.add_(1)
         share = max(10.0 / (10.0 + self.n_updates.item()), 1.0 / LONGEST_AVERAGE)
-        flat, average = self.flat.detach(), self.average
+        flat, average = self.flat, self.average
         if flat.is_cpu:
-            difference = flat.numpy() - (target := average.numpy())
+            difference = flat.detach().numpy() - (target := average.numpy())
             difference *= share
             target += difference
         else:
-            average.lerp_(flat, share)
+            average.lerp_(flat.detach(), share)
         self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
 
     def _follow_by_hand(self) -> None:

@@ -28,7 +28,12 @@ Floats = NDArray[np.float32]
 
 
 def attach(
-    output: torch.Tensor, latents: Sequence[tuple[torch.Tensor, torch.Tensor]], head: nn.Parameter, d_head: torch.Tensor
+    output: torch.Tensor,
+    latents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    head: nn.Parameter,
+    d_head: torch.Tensor,
+    *,
+    of_last: bool = False,
 ) -> torch.Tensor:
     """Return ``output`` as it is; the backward pass that goes through it adds gradients on its way.
 
@@ -39,10 +44,15 @@ def attach(
     :param latents: tensors of the graph of ``output``, each with the gradient to be added to its own
     :param head: a parameter outside of that graph
     :param d_head: its gradient, accumulated in ``head.grad``
+    :param of_last: that ``output`` was computed of the last of the latents, so that one hook does for both
     """
     if not output.requires_grad:  # a frozen agent: the head alone learns
         output = output.detach().requires_grad_()
-    output.register_hook(partial(_accumulate, head, d_head))
+    if of_last:
+        *latents, (last, gradient) = latents
+        last.register_hook(partial(_add_and_accumulate, head, d_head, gradient))
+    else:
+        output.register_hook(partial(_accumulate, head, d_head))
     for latent, gradient in latents:
         latent.register_hook(partial(torch.add, gradient))
     return output
@@ -50,6 +60,13 @@ def attach(
 
 def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _add_and_accumulate(
+    parameter: nn.Parameter, d_parameter: torch.Tensor, gradient: torch.Tensor, grad_output: torch.Tensor
+) -> torch.Tensor:
+    _accumulate(parameter, d_parameter, grad_output)
+    return gradient + grad_output
 
 
 def question_losses(head: QAHead | Panel, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -161,11 +178,11 @@ class JointTraining:
         """
         rows, self._pending = self._pending, None
         assert rows is not None and self.store is not None
-        real = self._real
+        real, n_passed = self._real, output.shape[0]  # len() of a tensor is slow
         n = len(rows) if real is None else len(real)
-        if n * joined != len(output):
+        if n * joined != n_passed:
             raise QAError(
-                f"the buffer handed out {n} transitions but the network was run on {len(output)}; expected the "
+                f"the buffer handed out {n} transitions but the network was run on {n_passed}; expected the "
                 "same, as labels belong to transitions; the algorithm may join or split its batches: please report it"
             )
         y, weight, features = self.store.batch(rows)
@@ -173,7 +190,11 @@ class JointTraining:
         mean = 1.0 / (len(rows) * (self.store.n_asked or len(head.catalogue.targets)))
         weight *= np.float32(self.coef * mean)
         place = None if real is None else torch.as_tensor(real.nonzero()[0], device=output.device)
-        read = [latent[:n] if place is None else latent.detach()[place] for latent in latents]
+        read = list(latents)
+        if place is not None:
+            read = [latent.detach()[place] for latent in latents]
+        elif n < n_passed:
+            read = [latent[:n] for latent in latents]
         d_latents, d_flat = head.gradients(read, features, y, weight, panel)
         if self.n_passes % self.LOG_EVERY == 0:
             self.losses.append(self._losses(read, head, features, y, weight / np.float32(self.coef * mean), panel))
@@ -182,21 +203,22 @@ class JointTraining:
             d_flat += head.gradients(past, features, y, weight * np.float32(self.coef * mean))[1]
         if place is not None:
             d_latents = [x.new_zeros(n, x.shape[1]).index_copy_(0, place, x) for x in d_latents]
-        d_latents = [_padded(d, len(latent)) for d, latent in zip(d_latents, latents, strict=True)]
-        share = self.trunk_gradient
-        if share and self.max_grad_norm is not None and any(latent.requires_grad for latent in latents):
+        if n < n_passed:
+            d_latents = [_padded(d, latent.shape[0]) for d, latent in zip(d_latents, latents, strict=True)]
+        share, learning = self.trunk_gradient, [latent.requires_grad for latent in latents]
+        if share and self.max_grad_norm is not None and any(learning):
             share = self._clip(latents, d_latents, share, agent_parameters)
         self.n_passes += 1
-        sent = []
-        if share and self.reads_critics and not latents[0].requires_grad:
+        if share and self.reads_critics and not learning[0]:
             self.owed = d_latents[0] * share
+        sent = []
         if share:
             sent = [
-                (x, d if share == 1.0 else d * share)
-                for x, d in zip(latents, d_latents, strict=True)
-                if x.requires_grad
+                (latent, d if share == 1.0 else d * share)
+                for latent, d, learns in zip(latents, d_latents, learning, strict=True)
+                if learns
             ]
-        return attach(output, sent, head.flat, d_flat)
+        return attach(output, sent, head.flat, d_flat, of_last=bool(sent) and learning[-1])
 
     def pay(self, latent: torch.Tensor) -> None:
         """Send the gradient that an actor is owed into its latent (n, dim), whose pass has come."""

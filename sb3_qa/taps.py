@@ -357,7 +357,8 @@ def readout(policy: nn.Module, name: str) -> nn.Module:
 
 def plain(module: Any) -> Any:
     """The module that was compiled, where ``torch.compile`` has made this one."""
-    return getattr(module, "_orig_mod", module)
+    parts = getattr(module, "_modules", None)  # a module is slow to say that it has no such attribute
+    return parts.get("_orig_mod", module) if parts else module
 
 
 def _layers_of(sequence: nn.Module) -> list[nn.Module]:

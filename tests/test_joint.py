@@ -373,6 +373,11 @@ def test_parameters_are_the_agents_and_the_optimiser_has_all() -> None:
     ours, theirs = list(model.policy.parameters()), list(plain.policy.parameters())
     assert [p.shape for p in ours] == [p.shape for p in theirs]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    model.policy.value_net = torch.nn.Linear(3, 1)  # which one of them is later replaced by
+    assert [p.shape for p in model.policy.parameters()][-2:] == [(1, 3), (1,)]
+    model.policy.value_net = theirs_to_come = plain.policy.value_net
+    assert list(model.policy.parameters())[-2] is theirs_to_come.weight
+    model = make_model()
     assert "qa_head.flat" in dict(model.policy.named_parameters())
     optimised = [p for group in model.policy.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in optimised} == {id(p) for _, p in model.policy.named_parameters()}

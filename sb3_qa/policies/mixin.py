@@ -20,6 +20,7 @@ from sb3_qa.head import MOST_LOGITS, QAHead
 from sb3_qa.joint import JointTraining
 from sb3_qa.language import make_head
 from sb3_qa.memory import is_recurrent, lstm_arguments
+from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue
 from sb3_qa.taps import Taps, of_family, readout
@@ -174,7 +175,10 @@ class QAPolicyMixin:
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
-        return _parameters_of(self, set(), recurse)  # type: ignore[arg-type]
+        if not recurse:
+            return super().parameters(recurse=False)  # type: ignore[misc]
+        own: OwnParameters = self.__dict__.setdefault("_qa_own", OwnParameters())  # asked for before anything is set
+        return own(self)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         lstm = lstm_arguments(self) if is_recurrent(self) else {}
@@ -187,20 +191,6 @@ class QAPolicyMixin:
                 f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
             )
         return names
-
-
-def _parameters_of(module: nn.Module, seen: set[int], recurse: bool = True) -> Iterator[nn.Parameter]:
-    """Parameters in the order of ``nn.Module.parameters()``, each once, but for those of the head, and of other parts that say
-    to be ``of_questions``.
-    """
-    for parameter in module._parameters.values():
-        if parameter is not None and id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield parameter
-    if recurse:
-        for child in module._modules.values():
-            if child is not None and not isinstance(child, QAHead) and not getattr(child, "of_questions", False):
-                yield from _parameters_of(child, seen)
 
 
 def _without_head(network: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
