@@ -423,8 +423,11 @@ class QuestionAnswerer:
     def _batch(self, obs: Any) -> tuple[Any, bool]:
         """A batch of observations (arrays, or tensors where SB3 had to look at them), and whether it was one before."""
         space = self.policy.observation_space
-        if isinstance(obs, np.ndarray) and obs.ndim > 1 and obs.shape[1:] == space.shape:
-            return obs, True  # as it should be: nothing to find out
+        if isinstance(obs, np.ndarray) and obs.ndim:  # as it should be: nothing to find out
+            if obs.shape[1:] == space.shape and obs.ndim > 1:
+                return obs, True
+            if obs.shape == space.shape:
+                return obs[None], False
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched
