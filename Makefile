@@ -48,6 +48,7 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/bench/overhead.py $(ARGS)
+	$(BIN)/python tests/bench/pieces.py
 
 # Leaves .venv, which is slow to make again, and runs/ and outputs/, which are somebody's results.
 clean:

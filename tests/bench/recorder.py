@@ -66,7 +66,7 @@ class Rollout:
             if self.steady is not None:
                 actions = self.steady(self.obs)
             self.obs, _, _, infos = self.env.step(actions)
-            self.n_flagged += sum(info["qa/catastrophe"] for info in infos)
+            self.n_flagged += sum(info.get("qa/catastrophe", False) for info in infos)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.n_steps += n * self.env.num_envs
         return wall, cpu

@@ -1,0 +1,231 @@
+"""What single pieces cost: a veto in a rollout, a call of a frozen answerer, parameters, labels, and growth with the trunk.
+
+    python tests/bench/pieces.py --plot examples/figures/trunk.png
+
+CPU time of the process on one torch thread; what is compared runs in turns. Rows are printed with their targets, and appended
+to the history beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: threads of its products would wait for each other
+
+import numpy as np
+import torch
+from overhead import CASES, HISTORY, QUESTIONS, environment
+from recorder import Rollout, upright
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_qa import QuestionAnswerer
+from sb3_qa.callbacks import QACallback
+from sb3_qa.policies import qa_policy
+from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
+
+WIDTHS = [64, 256, 1024, 4096]
+
+
+class Row(NamedTuple):
+    """A figure with its target."""
+
+    name: str
+    what: str
+    figure: float
+    target: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met."""
+        return self.figure >= self.target if self.at_least else self.figure <= self.target
+
+
+def agent(policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    """An untrained PPO with the eight questions."""
+    case = CASES["ppo_cnn" if policy == "CnnPolicy" else "ppo"]
+    policy_kwargs = dict(questions=QUESTIONS, **kwargs)
+    return PPO(qa_policy(PPO, policy), environment(case), seed=0, policy_kwargs=policy_kwargs)
+
+
+def veto_in_a_rollout(blocks: int = 30, block: int = 200) -> Iterator[Row]:
+    """Steps of 8 environments and the policy that acts in them, with every action's risk at each step, and without."""
+    model = agent()
+    qa = QuestionAnswerer.from_model(model)
+    bare = environment(CASES["ppo"])
+    watched = VecVetoAction(environment(CASES["ppo"]), "fall", 0.999, qa=qa)
+    arms = {name: Rollout(model, env, upright) for name, env in (("without", bare), ("with", watched))}
+    for arm in arms.values():
+        arm.steps(block)
+    ratios = []
+    for _ in range(blocks):
+        times = {name: arm.steps(block)[1] for name, arm in arms.items()}
+        ratios.append(times["with"] / times["without"])
+    yield Row("veto_in_a_rollout", "rollout with a veto / without", statistics.median(ratios), 1.05)
+
+
+def frozen_answerer() -> Iterator[Row]:
+    """One question of a saved answerer, by the call and by the batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pole.qa"
+        QuestionAnswerer.from_model(agent()).save(path)
+        qa = QuestionAnswerer.load(path)
+    extractor, head = qa.policy.mlp_extractor, qa.policy.qa_head
+    weights = [
+        layer.weight.detach().numpy().T for net in (extractor.policy_net, extractor.value_net) for layer in net[::2]
+    ]
+    across, rows = (
+        head.weights(head.flat.detach().numpy()).layers[0][0].T,
+        head.weights(head.flat.detach().numpy()).rows.T,
+    )
+
+    def products(obs: Any) -> Any:
+        latents = np.concatenate([obs @ weights[0] @ weights[1], obs @ weights[2] @ weights[3]], axis=1)
+        return latents @ across @ rows[:, :1]
+
+    one = np.zeros(4, np.float32)
+    many = np.random.default_rng(0).standard_normal((1024, 4)).astype(np.float32)
+    beyond = _quickest(lambda: qa.ask("middle", one).probability) - _quickest(lambda: products(one[None]))
+    yield Row("ask_one", "microseconds of a call of ask() beyond its matrix products", 1e6 * beyond, 60.0)
+    seconds = _quickest(lambda: qa.ask("middle", many).probability, number=20)
+    yield Row("ask_1024", "million answers a second in batches of 1,024", 1024e-6 / seconds, 1.0, at_least=True)
+
+
+def _quickest(call: Callable[[], Any], number: int = 200) -> float:
+    """Seconds a call, in the best of many short runs: what it takes when nothing else goes on."""
+    return min(timeit.repeat(call, timer=time.thread_time, number=number, repeat=40)) / number
+
+
+def parameters() -> Iterator[Row]:
+    """Those of the head, in percent of the agent's."""
+    for policy, target in (("CnnPolicy", 2.0), ("MlpPolicy", 10.0)):
+        model = agent(policy)
+        own = sum(parameter.numel() for parameter in model.policy.parameters())
+        added = sum(parameter.numel() for parameter in model.policy.qa_head.parameters())
+        yield Row(f"parameters_{policy}", f"% of parameters added to {policy}, by default", 100 * added / own, target)
+
+
+def memory_of_labels() -> Iterator[Row]:
+    """Bytes that are kept for a transition and an event question; the agent's own observations and actions are not counted."""
+    events = [question for question in QUESTIONS if question.truth.is_event]
+    for name, algorithm, kwargs in (
+        ("replay", DQN, dict(buffer_size=10_000, learning_starts=100)),
+        ("rollout", PPO, dict(n_steps=256, n_epochs=1)),
+    ):
+        model = algorithm(
+            qa_policy(algorithm), environment(CASES["dqn"]), seed=0, policy_kwargs=dict(questions=events), **kwargs
+        )
+        kept = _Kept()
+        model.learn(1500, callback=[QACallback(), kept])
+        yield Row(f"labels_{name}", f"bytes an event question and transition, {name}", kept.most / len(events), 16.0)
+
+
+class _Kept(BaseCallback):
+    """Looks how many bytes there are for a transition."""
+
+    most = 0.0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        store: Any = self.model.policy.qa_joint.store
+        self.most = max(self.most, _bytes(vars(store)) / len(store))
+
+
+def _bytes(kept: Any) -> int:
+    """Of all arrays in what is kept."""
+    if isinstance(kept, np.ndarray):
+        return kept.nbytes
+    if isinstance(kept, dict):
+        return sum(_bytes(each) for each in kept.values())
+    if isinstance(kept, (list, tuple)):
+        return sum(_bytes(each) for each in kept)
+    return _bytes(vars(kept)) if type(kept).__module__.startswith("sb3_qa") and hasattr(kept, "__dict__") else 0
+
+
+def growth_with_the_trunk(pairs: int, widths: Sequence[int] = WIDTHS) -> list[dict[str, float]]:
+    """Joint / plain training, and the parameters added, of ever wider networks of two layers."""
+    case = CASES["ppo"]._replace(kwargs=dict(n_steps=32))
+    grown = []
+    for width in widths:
+        net_arch = dict(net_arch=[width, width])
+        steps = 8 * 32 * (8 if width <= 256 else 1)
+
+        def seconds(joint: bool, net_arch: Any = net_arch, steps: int = steps) -> float:
+            policy_kwargs = dict(net_arch, questions=QUESTIONS) if joint else net_arch
+            env = VecAnswerQuestions(environment(case)) if joint else environment(case)
+            policy = qa_policy(PPO) if joint else "MlpPolicy"
+            model = PPO(policy, env, seed=0, policy_kwargs=policy_kwargs, **case.kwargs)
+            started = time.process_time()
+            model.learn(steps, callback=QACallback() if joint else None)
+            return time.process_time() - started
+
+        seconds(True), seconds(False)
+        ratios = [seconds(True) / seconds(False) for _ in range(pairs)]
+        model = agent(**net_arch)
+        own = sum(parameter.numel() for parameter in model.policy.parameters())
+        added = model.policy.qa_head.flat.numel()
+        grown.append(dict(width=width, ratio=statistics.median(ratios), own=own, added=added))
+        print(
+            f"trunk of {width} units: joint / plain {grown[-1]['ratio']:.3f}, {100 * added / own:.1f} % of parameters added",
+            flush=True,
+        )
+    return grown
+
+
+def plot(grown: list[dict[str, float]], path: Path) -> None:
+    """What questions add, against the width of the trunk."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    widths = [row["width"] for row in grown]
+    panels[0].plot(widths, [row["ratio"] for row in grown], "o-")
+    panels[0].axhline(1.0, color="grey", lw=0.8)
+    panels[0].set(xscale="log", ylabel="CPU time of training, joint / plain")
+    panels[1].plot(widths, [100 * row["added"] / row["own"] for row in grown], "o-")
+    panels[1].set(xscale="log", yscale="log", ylabel="parameters added, % of the agent's")
+    for axis in panels:
+        axis.set(xlabel="units of each of two layers")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, and append to the history."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=3, help="of plain and joint training, for each width")
+    parser.add_argument("--plot", type=Path, help="draw the growth with the trunk")
+    parser.add_argument("--no-history", action="store_true", help="do not append to history.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    history = []
+    for piece in (parameters, memory_of_labels, frozen_answerer, veto_in_a_rollout):
+        for row in piece():
+            bound, verdict = "least" if row.at_least else "most", "met" if row.met else "missed"
+            print(f"{row.what}: {row.figure:.3g}; target at {bound} {row.target:g}: {verdict}", flush=True)
+            history.append(dict(bench=row.name, figure=round(row.figure, 4), target=row.target, met=row.met))
+    grown = growth_with_the_trunk(args.pairs)
+    history.append(dict(bench="trunk", grown=[{key: round(value, 4) for key, value in row.items()} for row in grown]))
+    if args.plot:
+        plot(grown, args.plot)
+    if not args.no_history:
+        with HISTORY.open("a") as file:
+            for each in history:
+                file.write(json.dumps({"date": time.strftime("%Y-%m-%d"), **each}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
