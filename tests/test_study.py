@@ -11,14 +11,18 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
 from scipy.stats import trim_mean
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_qa import Certificate, QAError, certify
+from sb3_qa import Certificate, QAError, Question, certify
 from sb3_qa.__main__ import main
 from sb3_qa.evaluation import Episodes, Trace
 from sb3_qa.scores import Interval
@@ -27,6 +31,7 @@ from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_
 from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
 from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
 from sb3_qa.study.task import Task, load_task, task_names
+from sb3_qa.truth import eventually
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,58 @@ def test_summary_counts_episodes() -> None:
     told = measure.summary(Episodes((trace(True, True), trace(False, True), trace(False, False), trace(False, False))))
     assert told["catastrophes"] == 0.25 and told["veto_rate"] == 0.25
     assert told["disrupted"] == pytest.approx(1 / 3) and told["return"] == 2.0
+
+
+class Walled(gym.Env[np.ndarray, int]):
+    """Five actions, of which two or three may be chosen, by turns; ``info`` tells which was."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 1, (1,), np.float32), spaces.Discrete(5)
+        self.t = 0
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([self.t % 2 == 0, True, True, False, False])
+
+    def told(self) -> tuple[np.ndarray, dict[str, bool]]:
+        return np.array([self.t % 10 / 10], np.float32), {"bad": False, "forbidden": False}
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, bool]]:
+        self.t = 0
+        return self.told()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, bool]]:
+        forbidden = not self.action_masks()[action]
+        self.t += 1
+        obs, info = self.told()
+        return obs, 0.0, False, self.t == 30, {**info, "bad": action == 2, "forbidden": forbidden}
+
+
+def test_vetoes_of_an_agent_with_masks_are_counted_and_forbid_what_the_environment_does() -> None:
+    """A veto masks what it objects to, and would leave nothing to count if the agent were told so beforehand."""
+    walled = Task(
+        name="walled",
+        title="walled",
+        make=Walled,
+        questions=[Question("Will {action} be bad?", eventually("bad", within=1), name="bad")],
+        catastrophe="forbidden",
+        risk="bad",
+        algorithm=MaskablePPO,
+        hyperparameters=dict(n_steps=32, batch_size=64),
+        timesteps=128,
+        n_envs=2,
+        solved=0.0,
+        episodes=4,
+    )
+    trained = train_arm(walled, "joint", 0)
+    assert trained.answerer is not None
+    calm = measure.play(walled, trained.model, 0, measure.shadowed(walled, trained.answerer))
+    risks = np.concatenate([trace.risk for trace in calm.traces])
+    rows = measure.vetoes(walled, trained.model, trained.answerer, calm)
+    assert calm.catastrophes.sum() == 0 and len(np.unique(risks)) > 2
+    for row in rows[:3]:
+        assert 0.0 < row["veto"]["veto_rate"] < 0.25
+        assert row["random"]["veto_rate"] == pytest.approx(row["veto"]["veto_rate"], abs=0.1)
+        assert row["veto"]["catastrophes"] == row["random"]["catastrophes"] == 0.0
 
 
 def test_probes_find_what_the_latents_hold(task: Task) -> None:
