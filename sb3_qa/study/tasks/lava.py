@@ -155,9 +155,10 @@ TASK = Task(
     ),
     policy="CnnPolicy",
     policy_kwargs=dict(features_extractor_class=Tiles, net_arch=[64]),
-    timesteps=100_000,
+    timesteps=80_000,
     n_envs=8,
-    solved=0.8,
+    evaluation_envs=20,
+    solved=0.6,
     oracle=Counterfactuals(deep_copy, catastrophe="lava", horizon=2),
     quick=dict(timesteps=2_048, episodes=16),
 )
