@@ -20,6 +20,7 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from scipy.stats import trim_mean
+from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa import Certificate, QAError, Question, certify
@@ -31,7 +32,7 @@ from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_
 from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
 from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
 from sb3_qa.study.task import Task, load_task, task_names
-from sb3_qa.truth import eventually
+from sb3_qa.truth import eventually, now
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,60 @@ def test_probes_find_what_the_latents_hold(task: Task) -> None:
         found = probes(learn, test, ["edge", "low"], of_latents=of_latents)
         assert found["low"]["skill"] > 0.8 > found["low"]["own_skill"]
         assert found["low"]["own_brier"] > found["low"]["brier"]
+
+
+class Shade(gym.Env[np.ndarray, int]):
+    """An image, dark or bright, all pixels alike, of which the lowest row is always black."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Discrete(2)
+        self.t = 0
+
+    def told(self) -> tuple[np.ndarray, dict[str, bool]]:
+        self.shade = int(self.np_random.integers(256))
+        image = np.full((36, 36, 3), self.shade, np.uint8)
+        image[-1] = 0
+        return image, {"dark": self.shade < 100}
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, bool]]:
+        super().reset(seed=kwargs.get("seed"))
+        self.t = 0
+        return self.told()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, bool]]:
+        self.t += 1
+        obs, info = self.told()
+        return obs, 0.0, False, self.t == 20, info
+
+
+def test_a_judge_sees_images_too() -> None:
+    from sb3_qa.study.knowledge import Knowledge, _telling, probes
+
+    shade = Task(
+        name="shade",
+        title="shade",
+        make=Shade,
+        questions=[Question("Is it dark?", now("dark"), name="dark")],
+        catastrophe="dark",
+        risk="dark",
+        algorithm=PPO,
+        hyperparameters=dict(n_steps=16, batch_size=32),
+        policy="CnnPolicy",
+        policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)),
+        timesteps=32,
+        n_envs=2,
+        solved=0.0,
+        episodes=20,
+    )
+    trained = train_arm(shade, "joint", 0)
+    assert trained.answerer is not None
+    learn, test = Knowledge(trained.answerer), Knowledge(trained.answerer)
+    for seed, record in ((50_000, learn), (10_000, test)):
+        measure.play(shade, trained.model, seed, record=record)
+    seen = learn.features(of_latents=False)[1]
+    assert seen.shape == (400, 36 * 36 * 3) and _telling(seen).tolist() == [0]
+    for of_latents in (True, False):
+        assert probes(learn, test, ["dark"], of_latents=of_latents)["dark"]["skill"] > 0.9
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------------
