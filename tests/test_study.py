@@ -62,6 +62,14 @@ def test_arms_with_the_agent_of_plain_have_it_bit_for_bit(task: Task, plain: Tra
     assert head.grad is not None and float(head.grad.abs().sum()) > 0
 
 
+def test_a_plain_agent_is_kept_for_the_arms_that_begin_with_it(task: Task, tmp_path: Path) -> None:
+    trained = train_arm(task, "plain", 0, folder=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert not moved(state(trained), state(train_arm(task, "probe", 0, folder=tmp_path)))
+    assert [each.stat().st_mtime_ns for each in tmp_path.iterdir()] == [before]
+
+
 @pytest.mark.parametrize("arm", ["joint", "finetune", "anchored"])
 def test_arms_that_shape_the_trunk_have_another_agent(task: Task, plain: Trained, arm: str) -> None:
     assert moved(state(plain), state(train_arm(task, arm, 0)))
