@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -30,6 +31,7 @@ from sb3_qa.scores import Interval
 from sb3_qa.study import measure
 from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_mean, verdict
 from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
+from sb3_qa.study.report import write_report
 from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
 from sb3_qa.study.task import Task, load_task, task_names
 from sb3_qa.truth import eventually, now
@@ -350,6 +352,39 @@ def test_verdicts() -> None:
     assert verdict(Interval(0.0, -0.04, 0.1), margin=0.05) == "supported"
     assert verdict(Interval(0.0, float("nan"), float("nan"))) == "too few runs"
     assert verdict(None) == "not run"
+
+
+def test_tables_leave_out_rows_that_tell_nothing() -> None:
+    from sb3_qa.study.page import shown, table
+
+    told = shown(Interval(0.123, 0.1, 0.2), 2)
+    rows = [
+        ["a", "x", told],
+        ["b", "x", shown(None, 2)],
+        ["c", "x", shown(Interval(1.0, float("nan"), float("nan")), 1)],
+    ]
+    lines = table(["task", "at", "value"], rows, names=2).splitlines()
+    assert lines == ["| task | at | value |", "| --- | --- | --- |", "| a | x | 0.12 [0.10, 0.20] |", "| c | x | 1.0 |"]
+
+
+def test_a_report_of_many_tasks_has_a_panel_and_a_row_for_each(tmp_path: Path) -> None:
+    told = {"at": "0.05", "threshold": 0.5}
+    play = {"return": 1.0, "length": 9.0, "catastrophes": 0.5, "veto_rate": 0.1, "disrupted": 0.2, "episodes": 8}
+    told |= {"veto": play | {"catastrophes": 0.25}, "random": play}
+    results = [
+        {"task": task, "arm": arm, "seed": seed, "labels": 1.0, "quick": True, "timesteps": 9, "train_seconds": 1.0}
+        | {"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play}
+        | ({} if arm == "plain" else {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [told]})
+        for task in task_names()
+        for arm in ("plain", "joint", "separate")
+        for seed in (0, 1)
+    ]
+    report = write_report(results, tmp_path).read_text()
+    for task in task_names():
+        assert f"| {task} | 0.05 | 0.50 [0.50, 0.50] | – | 0.50 [0.50, 0.50] |" in report
+    assert "Not reached" not in report.split("## The premises")[0]
+    (width,) = struct.unpack(">I", (tmp_path / "vetoes.png").read_bytes()[16:20])
+    assert width < 1_300  # pixels, which a page has room for
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------------
