@@ -147,7 +147,8 @@ TASK = Task(
     ],
     catastrophe="lava",
     risk="lava[k=2]",
-    reward={"lava[k=2]": -1.0, "goal[k=5]": 0.2, "until_goal": -0.01},
+    # Of each step that is not yet the goal's a little is taken, and of the lava more than could be saved by ending it all there.
+    reward={"lava[k=2]": -5.0, "until_goal": -0.01},
     penalty=1.0,
     algorithm=PPO,
     hyperparameters=dict(
