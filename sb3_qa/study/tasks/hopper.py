@@ -125,7 +125,7 @@ TASK = Task(
         max_grad_norm=0.5,
     ),
     policy_kwargs=dict(net_arch=[64, 64], log_std_init=-0.5),
-    timesteps=300_000,
+    timesteps=200_000,
     n_envs=4,
     episodes=100,
     evaluation_envs=20,
