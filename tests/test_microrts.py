@@ -155,6 +155,27 @@ def test_a_clone_goes_on_as_the_game_does(opponent: str) -> None:
                 break
 
 
+def left_alone(env: MicroRTS) -> list[tuple[Any, ...]]:
+    """What comes of the game when the agent only waits."""
+    told = [env.step(0)]
+    while not (told[-1][2] or told[-1][3]):
+        told.append(env.step(0))
+    return told
+
+
+@needs_the_game
+def test_a_clones_opponent_goes_on_with_its_plans() -> None:
+    """A builder on its way has a place in mind, that it would choose another one for if it were asked anew."""
+    env = MicroRTS("ai.abstraction.LightRush", latest_start=0)
+    env.reset(seed=0)
+    ahead = left_alone(env.clone())
+    assert ahead[-1][4]["time"] < 500  # asked anew every cycle it would take 654
+    env.reset(seed=0)  # and forget what it planned at the end of another game
+    for t in range(12):
+        assert same(left_alone(env.clone()), ahead[t:])
+        env.step(0)
+
+
 @needs_the_game
 @pytest.mark.parametrize("wrong", [dict(opponent="ai.abstraction.NoSuchRush"), dict(board="maps/none.xml")])
 def test_an_opponent_or_a_map_that_is_not_there_is_refused(wrong: dict[str, Any]) -> None:

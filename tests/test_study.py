@@ -7,26 +7,34 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
 from scipy.stats import trim_mean
+from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_qa import Certificate, QAError, certify
+from sb3_qa import Certificate, QAError, Question, certify
 from sb3_qa.__main__ import main
 from sb3_qa.evaluation import Episodes, Trace
 from sb3_qa.scores import Interval
 from sb3_qa.study import measure
 from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_mean, verdict
 from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
+from sb3_qa.study.report import write_report
 from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
 from sb3_qa.study.task import Task, load_task, task_names
+from sb3_qa.truth import eventually, now
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,14 @@ def test_arms_with_the_agent_of_plain_have_it_bit_for_bit(task: Task, plain: Tra
     assert not moved(state(plain), state(trained))
     head = trained.model.policy.qa_head.flat
     assert head.grad is not None and float(head.grad.abs().sum()) > 0
+
+
+def test_a_plain_agent_is_kept_for_the_arms_that_begin_with_it(task: Task, tmp_path: Path) -> None:
+    trained = train_arm(task, "plain", 0, folder=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert not moved(state(trained), state(train_arm(task, "probe", 0, folder=tmp_path)))
+    assert [each.stat().st_mtime_ns for each in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.parametrize("arm", ["joint", "finetune", "anchored"])
@@ -175,6 +191,58 @@ def test_summary_counts_episodes() -> None:
     assert told["disrupted"] == pytest.approx(1 / 3) and told["return"] == 2.0
 
 
+class Walled(gym.Env[np.ndarray, int]):
+    """Five actions, of which two or three may be chosen, by turns; ``info`` tells which was."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 1, (1,), np.float32), spaces.Discrete(5)
+        self.t = 0
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([self.t % 2 == 0, True, True, False, False])
+
+    def told(self) -> tuple[np.ndarray, dict[str, bool]]:
+        return np.array([self.t % 10 / 10], np.float32), {"bad": False, "forbidden": False}
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, bool]]:
+        self.t = 0
+        return self.told()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, bool]]:
+        forbidden = not self.action_masks()[action]
+        self.t += 1
+        obs, info = self.told()
+        return obs, 0.0, False, self.t == 30, {**info, "bad": action == 2, "forbidden": forbidden}
+
+
+def test_vetoes_of_an_agent_with_masks_are_counted_and_forbid_what_the_environment_does() -> None:
+    """A veto masks what it objects to, and would leave nothing to count if the agent were told so beforehand."""
+    walled = Task(
+        name="walled",
+        title="walled",
+        make=Walled,
+        questions=[Question("Will {action} be bad?", eventually("bad", within=1), name="bad")],
+        catastrophe="forbidden",
+        risk="bad",
+        algorithm=MaskablePPO,
+        hyperparameters=dict(n_steps=32, batch_size=64),
+        timesteps=128,
+        n_envs=2,
+        solved=0.0,
+        episodes=4,
+    )
+    trained = train_arm(walled, "joint", 0)
+    assert trained.answerer is not None
+    calm = measure.play(walled, trained.model, 0, measure.shadowed(walled, trained.answerer))
+    risks = np.concatenate([trace.risk for trace in calm.traces])
+    rows = measure.vetoes(walled, trained.model, trained.answerer, calm)
+    assert calm.catastrophes.sum() == 0 and len(np.unique(risks)) > 2
+    for row in rows[:3]:
+        assert 0.0 < row["veto"]["veto_rate"] < 0.25
+        assert row["random"]["veto_rate"] == pytest.approx(row["veto"]["veto_rate"], abs=0.1)
+        assert row["veto"]["catastrophes"] == row["random"]["catastrophes"] == 0.0
+
+
 def test_probes_find_what_the_latents_hold(task: Task) -> None:
     """A question that the head was not taught is answered well by a probe on the latents, as they hold the observation."""
     from sb3_qa.study.knowledge import Knowledge, probes
@@ -189,6 +257,60 @@ def test_probes_find_what_the_latents_hold(task: Task) -> None:
         found = probes(learn, test, ["edge", "low"], of_latents=of_latents)
         assert found["low"]["skill"] > 0.8 > found["low"]["own_skill"]
         assert found["low"]["own_brier"] > found["low"]["brier"]
+
+
+class Shade(gym.Env[np.ndarray, int]):
+    """An image, dark or bright, all pixels alike, of which the lowest row is always black."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Discrete(2)
+        self.t = 0
+
+    def told(self) -> tuple[np.ndarray, dict[str, bool]]:
+        self.shade = int(self.np_random.integers(256))
+        image = np.full((36, 36, 3), self.shade, np.uint8)
+        image[-1] = 0
+        return image, {"dark": self.shade < 100}
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, bool]]:
+        super().reset(seed=kwargs.get("seed"))
+        self.t = 0
+        return self.told()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, bool]]:
+        self.t += 1
+        obs, info = self.told()
+        return obs, 0.0, False, self.t == 20, info
+
+
+def test_a_judge_sees_images_too() -> None:
+    from sb3_qa.study.knowledge import Knowledge, _telling, probes
+
+    shade = Task(
+        name="shade",
+        title="shade",
+        make=Shade,
+        questions=[Question("Is it dark?", now("dark"), name="dark")],
+        catastrophe="dark",
+        risk="dark",
+        algorithm=PPO,
+        hyperparameters=dict(n_steps=16, batch_size=32),
+        policy="CnnPolicy",
+        policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)),
+        timesteps=32,
+        n_envs=2,
+        solved=0.0,
+        episodes=20,
+    )
+    trained = train_arm(shade, "joint", 0)
+    assert trained.answerer is not None
+    learn, test = Knowledge(trained.answerer), Knowledge(trained.answerer)
+    for seed, record in ((50_000, learn), (10_000, test)):
+        measure.play(shade, trained.model, seed, record=record)
+    seen = learn.features(of_latents=False)[1]
+    assert seen.shape == (400, 36 * 36 * 3) and _telling(seen).tolist() == [0]
+    for of_latents in (True, False):
+        assert probes(learn, test, ["dark"], of_latents=of_latents)["dark"]["skill"] > 0.9
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------------
@@ -230,6 +352,39 @@ def test_verdicts() -> None:
     assert verdict(Interval(0.0, -0.04, 0.1), margin=0.05) == "supported"
     assert verdict(Interval(0.0, float("nan"), float("nan"))) == "too few runs"
     assert verdict(None) == "not run"
+
+
+def test_tables_leave_out_rows_that_tell_nothing() -> None:
+    from sb3_qa.study.page import shown, table
+
+    told = shown(Interval(0.123, 0.1, 0.2), 2)
+    rows = [
+        ["a", "x", told],
+        ["b", "x", shown(None, 2)],
+        ["c", "x", shown(Interval(1.0, float("nan"), float("nan")), 1)],
+    ]
+    lines = table(["task", "at", "value"], rows, names=2).splitlines()
+    assert lines == ["| task | at | value |", "| --- | --- | --- |", "| a | x | 0.12 [0.10, 0.20] |", "| c | x | 1.0 |"]
+
+
+def test_a_report_of_many_tasks_has_a_panel_and_a_row_for_each(tmp_path: Path) -> None:
+    told = {"at": "0.05", "threshold": 0.5}
+    play = {"return": 1.0, "length": 9.0, "catastrophes": 0.5, "veto_rate": 0.1, "disrupted": 0.2, "episodes": 8}
+    told |= {"veto": play | {"catastrophes": 0.25}, "random": play}
+    results = [
+        {"task": task, "arm": arm, "seed": seed, "labels": 1.0, "quick": True, "timesteps": 9, "train_seconds": 1.0}
+        | {"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play}
+        | ({} if arm == "plain" else {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [told]})
+        for task in task_names()
+        for arm in ("plain", "joint", "separate")
+        for seed in (0, 1)
+    ]
+    report = write_report(results, tmp_path).read_text()
+    for task in task_names():
+        assert f"| {task} | 0.05 | 0.50 [0.50, 0.50] | – | 0.50 [0.50, 0.50] |" in report
+    assert "Not reached" not in report.split("## The premises")[0]
+    (width,) = struct.unpack(">I", (tmp_path / "vetoes.png").read_bytes()[16:20])
+    assert width < 1_300  # pixels, which a page has room for
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------------

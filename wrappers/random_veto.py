@@ -31,8 +31,12 @@ class RandomVetoRule(VetoRule):
 
     def replace(self, actions: NDArray[Any], candidates: NDArray[Any], risk: Floats) -> NDArray[Any]:
         other = (candidates != actions[:, None]).reshape(*candidates.shape[:2], -1).any(axis=2)
+        other &= self._possible if self._possible is not None else True
         pick = np.argmax(self.rng.random(other.shape) * other, axis=1)
-        return np.array(candidates[np.arange(len(pick)), pick])
+        chosen = np.array(candidates[np.arange(len(pick)), pick])
+        none = ~other.any(axis=1)
+        chosen[none] = actions[none]
+        return chosen
 
 
 class VecRandomVeto(VecQAWrapper):

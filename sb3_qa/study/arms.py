@@ -171,7 +171,7 @@ def train_arm(
     """Train an arm.
 
     :param labels: share of the steps that have labels, in (0, 1]
-    :param folder: where the plain agents are kept that other arms begin with; without one they are trained each time
+    :param folder: where plain agents are kept, that other arms begin with; without one they are trained each time
     :param env: to train in, in place of the task's
     :raises QAError: when there is no such arm for the task
     """
@@ -222,19 +222,25 @@ def train_arm(
     seconds = time.perf_counter() - started
     venv.close()
     answerer = QuestionAnswerer.from_model(model) if how.questions else None
+    if arm == "plain" and folder is not None:
+        _keep(model, _path(task, seed, folder))
     return Trained(model, answerer, seconds, curve.points)
 
 
 def plain_agent(task: Task, seed: int, folder: Path | None) -> BaseAlgorithm:
     """The agent without questions, loaded, or trained and kept."""
-    path = None if folder is None else folder / f"{task.name}-{task.timesteps}-{seed}.zip"
-    if path is not None and path.exists():
+    if folder is not None and (path := _path(task, seed, folder)).exists():
         return task.algorithm.load(path, device="cpu")
-    model = train_arm(task, "plain", seed).model
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:  # whole or not at all, as another process may look for it
-            model.save(file)
-        os.replace(part, path)
-    return model
+    return train_arm(task, "plain", seed, folder=folder).model
+
+
+def _path(task: Task, seed: int, folder: Path) -> Path:
+    return folder / f"{task.name}-{task.timesteps}-{seed}.zip"
+
+
+def _keep(model: BaseAlgorithm, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as file:  # whole or not at all, as another process may look for it
+        model.save(file)
+    os.replace(part, path)

@@ -16,11 +16,13 @@ from sb3_qa.study.quantities import ANSWERING, AT, LABELS, of_task, of_veto, ski
 
 __all__ = ["draw"]
 
+COLUMNS = 3  # of the panels, one a task
+
 
 def draw(results: Sequence[Result], folder: Path) -> None:
     """Write ``skill.png``, ``labels.png`` and ``vetoes.png``."""
     tasks = tasks_in(results)
-    figure, grid = new_figure(1, 1, size=(9, 3.6))
+    figure, grid = new_figure(1, 1, size=(max(9.0, 1.4 * len(tasks)), 3.6))
     ax: Any = np.ravel(grid)[0]
     for n, arm in enumerate(ANSWERING):
         _errorbars(ax, [of_task(results, arm, task, skill) for task in tasks], (n - 2.5) * 0.12, arm)
@@ -37,7 +39,11 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     ax.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "labels.png")
 
-    figure, grid = new_figure(1, max(len(tasks), 1), size=(3.6 * max(len(tasks), 1), 3.6))
+    columns = min(max(len(tasks), 1), COLUMNS)
+    lines = -(-len(tasks) // columns) or 1
+    figure, grid = new_figure(lines, columns, size=(3.6 * columns, 3.4 * lines))
+    for empty in np.ravel(grid)[len(tasks) :]:
+        empty.set_axis_off()
     for ax, task in zip(np.ravel(grid), tasks, strict=False):
         for arm in (*ANSWERING, "random"):
             kind, who = ("random", "joint") if arm == "random" else ("veto", arm)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from stable_baselines3.common.preprocessing import maybe_transpose
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.evaluation import AnswerRecord
@@ -28,7 +29,7 @@ class Knowledge(AnswerRecord):
     def step(self, obs: Any, steps: Any, episode: NDArray[np.intp], elapsed: NDArray[np.intp]) -> None:
         super().step(obs, steps, episode, elapsed)
         taps, counted = self.qa.policy.qa_taps, np.flatnonzero(episode >= 0)
-        latents = taps.join(taps.read(self.qa.policy, obs))
+        latents = taps.join(taps.read(self.qa.policy, maybe_transpose(obs, self.qa.policy.observation_space)))
         actions = np.stack([np.ravel(step.action) for step in steps]).astype(np.float32)
         space = self.qa.policy.action_space
         if hasattr(space, "n"):
@@ -63,6 +64,9 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
     wanted, table = set(keys), {}
     place, known, actions = learn.features(of_latents)
     test_place, test_known, test_actions = test.features(of_latents)
+    if not of_latents:
+        telling = _telling(known)
+        known, test_known = known[:, telling], test_known[:, telling]
     scored = {each.instance.key: each for each in test.answered() if each.instance.key in wanted}
     for each in learn.answered():
         key = each.instance.key
@@ -101,6 +105,15 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
             "frequency": float(truth.mean()),
         }
     return table
+
+
+def _telling(seen: NDArray[Any]) -> NDArray[np.intp]:
+    """Columns that vary, and of equal ones the first: of an image's pixels, a tenth may be left for trees to be grown on."""
+    varying = np.flatnonzero((seen != seen[0]).any(axis=0))
+    first: dict[bytes, int] = {}
+    for column in varying.tolist():
+        first.setdefault(np.ascontiguousarray(seen[:, column]).tobytes(), column)
+    return np.array(list(first.values()), np.intp)
 
 
 def _inputs(each: Any, place: Any, known: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from sb3_qa.study.arms import Trained, train_arm
 from sb3_qa.study.oracle import oracle_vec_env
 from sb3_qa.study.task import Task
 from sb3_qa.wrappers import VecRandomVeto, VecShapeReward, VecVetoAction
+from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = [
     "CALIBRATION_SEED",
@@ -49,16 +50,22 @@ Wrap = Callable[[VecEnv], VecEnv]
 
 
 def acting(model: BaseAlgorithm, venv: VecEnv) -> Agent:
-    """Who acts in these environments: the model, told the masks of its actions where it needs them."""
+    """Who acts in these environments: the model, told the masks of its actions where it needs them.
+
+    They are the environment's own. A veto would mask what it objects to as well: nothing would be proposed that it could
+    veto, and how often it interferes could not be counted. It is told them too, as no way out.
+    """
     if "action_masks" not in type(model).predict.__code__.co_varnames:
         return model
-    from sb3_contrib.common.maskable.utils import get_action_masks
+    rule = getattr(venv, "rule", None)
 
     class Masked:
         def predict(
             self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
         ) -> Any:
-            masks = get_action_masks(venv)
+            masks = np.array(venv.unwrapped.env_method("action_masks"), np.bool_)
+            if isinstance(rule, VetoRule):
+                rule.masks(masks)
             return model.predict(observation, state, episode_start, deterministic, action_masks=masks)  # type: ignore[call-arg]
 
     return Masked()

@@ -10,6 +10,7 @@ a *decision* is the order for one idle unit: the game runs on until a unit of th
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 from collections import Counter
@@ -33,6 +34,14 @@ FIRST_PRODUCE, FIRST_ATTACK = 13, 37
 N_ACTIONS = FIRST_ATTACK + (2 * REACH + 1) ** 2
 N_PLANES = 13  # hit points, resources, mine, the enemy's, seven types, busy, the unit that is to be ordered
 IDLE_CYCLES = 10  # of a unit that waits
+PLANS = {  # of the players of ai.abstraction, with what each is about
+    "Move": ["x", "y"],
+    "Train": ["type"],
+    "Build": ["type", "x", "y"],
+    "Harvest": ["target", "base"],
+    "Attack": ["target"],
+    "Idle": [],
+}
 
 Info = dict[str, Any]
 _starting = threading.Lock()
@@ -69,6 +78,36 @@ def _java(name: str) -> Any:
     return jpype.JClass(name)
 
 
+def _player_in(game: Any, player: Any) -> Any:
+    """A player who goes on with the same plans in a clone of the game.
+
+    Java's ``clone`` gives a player without plans, and what is planned is about units of the game that was cloned.
+    """
+    other = player.clone()
+    if not isinstance(player, _java("ai.abstraction.AbstractionLayerAI")):
+        return other
+
+    def there(value: Any) -> Any:  # a unit that is no more has nobody there, and its plans are dropped
+        return (game.getUnit(value.getID()) or value) if isinstance(value, _java("rts.units.Unit")) else value
+
+    for plan in _field("ai.abstraction.AbstractionLayerAI", "actions").get(player).values():
+        name = str(plan.getClass().getSimpleName())
+        values = [_field(f"ai.abstraction.{name}", field).get(plan) for field in PLANS[name]]
+        getattr(other, name.lower())(there(plan.getUnit()), *map(there, values))
+        if name == "Train":
+            done = _field("ai.abstraction.Train", "completed")
+            done.set(other.getAbstractAction(there(plan.getUnit())), done.get(plan))
+    return other
+
+
+@functools.cache
+def _field(name: str, field: str) -> Any:
+    """A field of a Java class that is not public."""
+    found = _java(name).class_.getDeclaredField(field)
+    found.setAccessible(True)
+    return found
+
+
 class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
     """The agent plays the blue side. ``action_masks()`` tells which orders the unit that is asked can carry out; any other waits.
 
@@ -81,10 +120,9 @@ class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
     ``threatened`` (an enemy within 2 cells of an own base), ``busy`` (own units under order), ``asked`` (the type of the unit to be
     ordered), ``time``, ``lost``, ``killed`` (units in this step), ``lost_base``, ``won``, ``defeated``.
 
-    The game is deterministic but for the seeded moment at which it begins for the agent. The opponent's plans are made anew
-    every cycle, from the game alone, so that a :meth:`clone` of the game is all there is to clone.
+    The game is deterministic but for the seeded moment at which it begins for the agent.
 
-    :param opponent: a Java class that plays, e.g. "ai.abstraction.WorkerRush"
+    :param opponent: a Java class that plays, e.g. "ai.abstraction.WorkerRush"; those of "ai.abstraction" are cloned with their plans
     :param board: a map in the game's folder
     :param max_cycles: after which the game is cut
     :param latest_start: the opponent is ahead by a random number of cycles up to this
@@ -124,6 +162,7 @@ class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[NDArray[np.float32], Info]:
         super().reset(seed=seed)
         self._game = self._GameState(self._board.clone(), self._units)
+        self._opponent.reset()
         self._passed = set()
         for _ in range(int(self.np_random.integers(self.latest_start + 1))):
             self._cycle()
@@ -160,6 +199,7 @@ class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
         other: MicroRTS = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._game = self._game.clone()
+        other._opponent = _player_in(other._game, self._opponent)
         other._passed, other._counts = set(self._passed), Counter(self._counts)
         if self._np_random is not None:
             other._np_random = np.random.Generator(type(self._np_random.bit_generator)())
@@ -186,7 +226,6 @@ class MicroRTS(gym.Env[NDArray[np.float32], np.int64]):
                 return False
 
     def _cycle(self) -> bool:
-        self._opponent.reset()
         self._game.issueSafe(self._opponent.getAction(1, self._game))
         over = bool(self._game.cycle())
         self._passed = set()

@@ -56,6 +56,8 @@ class Task:
     """What is taken from the reward for a catastrophe, or for a risk of 1, in the arms that do so."""
     episodes: int = 200
     """How many each measurement plays."""
+    evaluation_envs: int = 0
+    """Environments side by side in measurements, which are the faster for more of them; 0: as many as for training."""
     policy: str = "MlpPolicy"
     policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
     qa_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"qa_net_arch": [64]})
@@ -77,9 +79,8 @@ class Task:
 
     def evaluation_env(self, seed: int) -> VecEnv:
         """Environments whose episodes are seeded one by one where that is possible, so that arms meet the same ones."""
-        if self.make_vec is not None:
-            return self.make_vec(self.n_envs, seed)
-        return seeded_vec_env(self.make, self.n_envs, seed)
+        n_envs = self.evaluation_envs or self.n_envs
+        return self.make_vec(n_envs, seed) if self.make_vec is not None else seeded_vec_env(self.make, n_envs, seed)
 
     def quickly(self) -> Task:
         """The task in a run of seconds."""

@@ -147,7 +147,8 @@ TASK = Task(
     ],
     catastrophe="lava",
     risk="lava[k=2]",
-    reward={"lava[k=2]": -1.0, "goal[k=5]": 0.2, "until_goal": -0.01},
+    # Of each step that is not yet the goal's a little is taken, and of the lava more than could be saved by ending it all there.
+    reward={"lava[k=2]": -5.0, "until_goal": -0.01},
     penalty=1.0,
     algorithm=PPO,
     hyperparameters=dict(
@@ -155,9 +156,10 @@ TASK = Task(
     ),
     policy="CnnPolicy",
     policy_kwargs=dict(features_extractor_class=Tiles, net_arch=[64]),
-    timesteps=100_000,
+    timesteps=80_000,
     n_envs=8,
-    solved=0.8,
+    evaluation_envs=20,
+    solved=0.6,
     oracle=Counterfactuals(deep_copy, catastrophe="lava", horizon=2),
     quick=dict(timesteps=2_048, episodes=16),
 )

@@ -29,8 +29,8 @@ class Ruin(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, {**info, "ruined": info["lost_base"] or info["defeated"]}
 
 
-def make(opponent: str = "ai.abstraction.WorkerRush") -> gym.Env[Any, Any]:
-    return Ruin(MicroRTS(opponent))
+def make(opponent: str = "ai.abstraction.WorkerRush", latest_start: int = 20) -> gym.Env[Any, Any]:
+    return Ruin(MicroRTS(opponent, latest_start=latest_start))
 
 
 def clone(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -107,12 +107,14 @@ QUESTIONS = [
 ]
 
 
-def task(name: str, title: str, opponent: str, timesteps: int) -> Task:
+def task(
+    name: str, title: str, opponent: str, *, timesteps: int, learning_rate: float, solved: float, latest_start: int = 20
+) -> Task:
     """The game against an opponent."""
     return Task(
         name=name,
         title=title,
-        make=partial(make, opponent),
+        make=partial(make, opponent, latest_start),
         questions=QUESTIONS,
         catastrophe="ruined",
         risk="ruin[k=10]",
@@ -120,15 +122,29 @@ def task(name: str, title: str, opponent: str, timesteps: int) -> Task:
         penalty=10.0,
         algorithm=MaskablePPO,
         hyperparameters=dict(
-            n_steps=256, batch_size=256, n_epochs=4, learning_rate=3e-4, gamma=0.997, gae_lambda=0.95, ent_coef=0.01
+            n_steps=256,
+            batch_size=256,
+            n_epochs=4,
+            learning_rate=learning_rate,
+            gamma=0.997,
+            gae_lambda=0.95,
+            ent_coef=0.01,
         ),
         policy_kwargs=dict(net_arch=[256, 128]),
         timesteps=timesteps,
         n_envs=8,
-        solved=8.0,
+        evaluation_envs=20,
+        solved=solved,
         oracle=Counterfactuals(clone, catastrophe="ruined", horizon=10, rollouts=2),
         quick=dict(timesteps=4_096, episodes=8),
     )
 
 
-TASK = task("microrts", "microRTS 8x8, WorkerRush (base or game lost)", "ai.abstraction.WorkerRush", 500_000)
+TASK = task(
+    "microrts",
+    "microRTS 8x8, WorkerRush (base or game lost)",
+    "ai.abstraction.WorkerRush",
+    timesteps=500_000,
+    learning_rate=3e-4,
+    solved=8.0,
+)
