@@ -17,7 +17,6 @@ from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
 from sb3_qa.hindsight import Hindsight
 from sb3_qa.labels import EventTimes, LabelStore
-from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.questions import Target
 from sb3_qa.replay import ReplayLabels
 from sb3_qa.wrappers.shell import row
@@ -71,8 +70,6 @@ class Replay(Recorder):
             )
         buffer.qa_labels = self.store  # type: ignore[attr-defined]
         self._scored = model.num_timesteps
-        windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
-        self._ages = CutAges(buffer.n_envs, self._begins()) if windows else None
         self._events = [target for target in self.store.targets if target.kind == "event"]
 
     def _begins(self) -> NDArray[np.bool_]:
@@ -81,7 +78,6 @@ class Replay(Recorder):
     def start(self) -> None:
         super().start()
         self._positions: list[int] = []
-        self._left: list[NDArray[np.int64]] = []
 
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step, which the algorithm is about to put into its buffer."""
@@ -90,8 +86,6 @@ class Replay(Recorder):
         self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
         super().record(local)
         self._positions.append(position)
-        if self._ages is not None:
-            self._left.append(self._ages.step(self._terminated[-1], self._truncated[-1]))
         if self.buffer.optimize_memory_usage:
             step = len(self._actions) - 1
             for env in np.flatnonzero(self._truncated[step]).tolist():
@@ -114,13 +108,6 @@ class Replay(Recorder):
             for env in np.flatnonzero(going).tolist():
                 self._keep_end(self._positions[-1], env, obs[env])
         self._label(len(self._positions))
-
-    def _window(self, target: Target, *recorded: Any) -> Floats:
-        value = super()._window(target, *recorded)
-        if self._ages is not None and target.horizon is not None:
-            terminated, truncated = recorded[-2:]
-            value[cut_anyway(terminated, truncated, np.stack(self._left), target.horizon)] = np.nan
-        return value
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
         policy = self.answerer.policy
