@@ -35,8 +35,8 @@ class _Block(LabelStore):
 class Replay(Recorder):
     """What an off-policy algorithm collects, and the labels of what its replay buffer holds.
 
-    Steps are recorded until the longest question about them is answered; then they are labelled, a block at a time. The
-    labels are kept with the buffer, and saved and loaded with it.
+    Steps are recorded until the longest question about them is answered, or for as long as the buffer keeps them; then they
+    are labelled, a block at a time. The labels are kept with the buffer, and saved and loaded with it.
 
     :param executed: put the action that a wrapper executed into the buffer, in place of the one the agent proposed
     """
@@ -49,14 +49,20 @@ class Replay(Recorder):
         assert isinstance(buffer, (ReplayBuffer, DictReplayBuffer))
         self.buffer = buffer
         self.executed = executed
-        self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
         self._block = max(1, min(BLOCK, buffer.buffer_size // 4))
-        least = self._horizon - 1 + self._block
-        if least > buffer.buffer_size:
+        longest = max(self.catalogue.targets, key=_steps_needed)
+        needed, room = _steps_needed(longest), buffer.buffer_size - self._block + 1
+        if needed > room:
             raise QAError(
-                f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
-                f"expected at least {least}, as labels wait for their future; give a larger buffer_size"
+                f"question {longest.question.name!r} looks {needed} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of "
+                f"each environment; expected at least {needed - 1 + self._block}, as its truth would never be known; give a larger "
+                "buffer_size"
             )
+        # Where the longest question does not fit, events go on by the answerer's curve from half way. Two steps at least, so that
+        # what is labelled has been stored.
+        horizon = max(target.horizon or 1 for target in self.catalogue.targets)
+        self._cut_short = horizon > room
+        self._ahead = max(needed, room // 2) if self._cut_short else min(max(horizon, 2), room)
         self.store = ReplayLabels(
             self.catalogue.targets,
             buffer.buffer_size * buffer.n_envs,
@@ -92,8 +98,10 @@ class Replay(Recorder):
                 self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
-        if len(self._positions) >= self._horizon - 1 + self._block:
-            self._label(len(self._positions) - self._horizon + 1)
+        if len(self._positions) >= self._ahead - 1 + self._block:
+            if self._cut_short:
+                self._keep_newest(local["new_obs"])
+            self._label(len(self._positions) - self._ahead + 1)
 
     def finish(self) -> None:
         """Learning stops here: futures that are not known yet go on by the answerer's curve for the newest state."""
@@ -103,10 +111,7 @@ class Replay(Recorder):
             self._drop(slice(-1, None))
         if not self._positions or not self._checked:  # or so little was recorded that facts may be told later
             return
-        if self.buffer.optimize_memory_usage:
-            obs, going = self._raw_obs(self.model._last_obs), ~(self._terminated[-1] | self._truncated[-1])
-            for env in np.flatnonzero(going).tolist():
-                self._keep_end(self._positions[-1], env, obs[env])
+        self._keep_newest(self.model._last_obs)
         self._label(len(self._positions))
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
@@ -132,7 +137,7 @@ class Replay(Recorder):
         )
         rows = flatten_rows(positions[:n, None] * self.buffer.n_envs + np.arange(self.buffer.n_envs))
         self.store.put(rows, labels, actions)
-        if self.model.num_timesteps - self._scored >= MOST_SCORED:
+        if self.model.num_timesteps - self._scored >= MOST_SCORED and self._ahead > 1:
             self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
         self._last_obs.clear()
         self._drop(slice(n))
@@ -170,6 +175,13 @@ class Replay(Recorder):
         """The buffer may write the next episode's first state over the last one of this, which labels go on from."""
         self.store.ends[position * self.buffer.n_envs + env] = np.array(obs, self.buffer.observations.dtype)
 
+    def _keep_newest(self, obs: Any) -> None:
+        """The states that the environments are in, where labels are about to go on from them."""
+        if self.buffer.optimize_memory_usage:
+            obs, going = self._raw_obs(obs), ~(self._terminated[-1] | self._truncated[-1])
+            for env in np.flatnonzero(going).tolist():
+                self._keep_end(self._positions[-1], env, obs[env])
+
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
         if self.buffer.optimize_memory_usage:
             obs = self._policy_sees(np.stack([self.store.ends[row] for row in rows.tolist()]))
@@ -179,3 +191,8 @@ class Replay(Recorder):
 
     def _curves_of(self, obs: Any, events: list[Target]) -> list[Floats]:
         return self._curves(self.answerer.read(obs, keep=False), events)
+
+
+def _steps_needed(target: Target) -> int:
+    """How many steps have to be seen before anything is known: events are learnt from each."""
+    return 1 if target.kind == "event" else target.horizon or 1
