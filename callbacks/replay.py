@@ -17,7 +17,6 @@ from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
 from sb3_qa.hindsight import Hindsight
 from sb3_qa.labels import EventTimes, LabelStore
-from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.questions import Target
 from sb3_qa.replay import ReplayLabels
 from sb3_qa.wrappers.shell import row
@@ -36,8 +35,8 @@ class _Block(LabelStore):
 class Replay(Recorder):
     """What an off-policy algorithm collects, and the labels of what its replay buffer holds.
 
-    Steps are recorded until the longest question about them is answered; then they are labelled, a block at a time. The
-    labels are kept with the buffer, and saved and loaded with it.
+    Steps are recorded until the longest question about them is answered, or for as long as the buffer keeps them; then they
+    are labelled, a block at a time. The labels are kept with the buffer, and saved and loaded with it.
 
     :param executed: put the action that a wrapper executed into the buffer, in place of the one the agent proposed
     """
@@ -50,14 +49,20 @@ class Replay(Recorder):
         assert isinstance(buffer, (ReplayBuffer, DictReplayBuffer))
         self.buffer = buffer
         self.executed = executed
-        self._horizon = max(target.horizon or 1 for target in self.catalogue.targets)
         self._block = max(1, min(BLOCK, buffer.buffer_size // 4))
-        least = self._horizon - 1 + self._block
-        if least > buffer.buffer_size:
+        longest = max(self.catalogue.targets, key=_steps_needed)
+        needed, room = _steps_needed(longest), buffer.buffer_size - self._block + 1
+        if needed > room:
             raise QAError(
-                f"a question looks {self._horizon} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of each environment; "
-                f"expected at least {least}, as labels wait for their future; give a larger buffer_size"
+                f"question {longest.question.name!r} looks {needed} steps ahead and the replay buffer keeps {buffer.buffer_size} steps of "
+                f"each environment; expected at least {needed - 1 + self._block}, as its truth would never be known; give a larger "
+                "buffer_size"
             )
+        # Where the longest question does not fit, events go on by the answerer's curve from half way. Two steps at least, so that
+        # what is labelled has been stored.
+        horizon = max(target.horizon or 1 for target in self.catalogue.targets)
+        self._cut_short = horizon > room
+        self._ahead = max(needed, room // 2) if self._cut_short else min(max(horizon, 2), room)
         self.store = ReplayLabels(
             self.catalogue.targets,
             buffer.buffer_size * buffer.n_envs,
@@ -71,8 +76,6 @@ class Replay(Recorder):
             )
         buffer.qa_labels = self.store  # type: ignore[attr-defined]
         self._scored = model.num_timesteps
-        windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
-        self._ages = CutAges(buffer.n_envs, self._begins()) if windows else None
         self._events = [target for target in self.store.targets if target.kind == "event"]
 
     def _begins(self) -> NDArray[np.bool_]:
@@ -81,7 +84,6 @@ class Replay(Recorder):
     def start(self) -> None:
         super().start()
         self._positions: list[int] = []
-        self._left: list[NDArray[np.int64]] = []
 
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step, which the algorithm is about to put into its buffer."""
@@ -90,16 +92,16 @@ class Replay(Recorder):
         self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
         super().record(local)
         self._positions.append(position)
-        if self._ages is not None:
-            self._left.append(self._ages.step(self._terminated[-1], self._truncated[-1]))
         if self.buffer.optimize_memory_usage:
             step = len(self._actions) - 1
             for env in np.flatnonzero(self._truncated[step]).tolist():
                 self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
         if self.executed and "qa/executed_action" in local["infos"][0]:
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
-        if len(self._positions) >= self._horizon - 1 + self._block:
-            self._label(len(self._positions) - self._horizon + 1)
+        if len(self._positions) >= self._ahead - 1 + self._block:
+            if self._cut_short:
+                self._keep_newest(local["new_obs"])
+            self._label(len(self._positions) - self._ahead + 1)
 
     def finish(self) -> None:
         """Learning stops here: futures that are not known yet go on by the answerer's curve for the newest state."""
@@ -109,18 +111,8 @@ class Replay(Recorder):
             self._drop(slice(-1, None))
         if not self._positions or not self._checked:  # or so little was recorded that facts may be told later
             return
-        if self.buffer.optimize_memory_usage:
-            obs, going = self._raw_obs(self.model._last_obs), ~(self._terminated[-1] | self._truncated[-1])
-            for env in np.flatnonzero(going).tolist():
-                self._keep_end(self._positions[-1], env, obs[env])
+        self._keep_newest(self.model._last_obs)
         self._label(len(self._positions))
-
-    def _window(self, target: Target, *recorded: Any) -> Floats:
-        value = super()._window(target, *recorded)
-        if self._ages is not None and target.horizon is not None:
-            terminated, truncated = recorded[-2:]
-            value[cut_anyway(terminated, truncated, np.stack(self._left), target.horizon)] = np.nan
-        return value
 
     def _as_stored(self, actions: NDArray[Any]) -> NDArray[Any]:
         policy = self.answerer.policy
@@ -145,7 +137,7 @@ class Replay(Recorder):
         )
         rows = flatten_rows(positions[:n, None] * self.buffer.n_envs + np.arange(self.buffer.n_envs))
         self.store.put(rows, labels, actions)
-        if self.model.num_timesteps - self._scored >= MOST_SCORED:
+        if self.model.num_timesteps - self._scored >= MOST_SCORED and self._ahead > 1:
             self._score(labels, rows, actions, flatten_rows(room_until(cuts)[:n]))
         self._last_obs.clear()
         self._drop(slice(n))
@@ -183,6 +175,13 @@ class Replay(Recorder):
         """The buffer may write the next episode's first state over the last one of this, which labels go on from."""
         self.store.ends[position * self.buffer.n_envs + env] = np.array(obs, self.buffer.observations.dtype)
 
+    def _keep_newest(self, obs: Any) -> None:
+        """The states that the environments are in, where labels are about to go on from them."""
+        if self.buffer.optimize_memory_usage:
+            obs, going = self._raw_obs(obs), ~(self._terminated[-1] | self._truncated[-1])
+            for env in np.flatnonzero(going).tolist():
+                self._keep_end(self._positions[-1], env, obs[env])
+
     def _curves_after(self, rows: NDArray[Any]) -> list[Floats]:
         if self.buffer.optimize_memory_usage:
             obs = self._policy_sees(np.stack([self.store.ends[row] for row in rows.tolist()]))
@@ -192,3 +191,8 @@ class Replay(Recorder):
 
     def _curves_of(self, obs: Any, events: list[Target]) -> list[Floats]:
         return self._curves(self.answerer.read(obs, keep=False), events)
+
+
+def _steps_needed(target: Target) -> int:
+    """How many steps have to be seen before anything is known: events are learnt from each."""
+    return 1 if target.kind == "event" else target.horizon or 1

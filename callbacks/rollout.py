@@ -23,6 +23,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader, needs_steps
 from sb3_qa.head import QAHead, survival
 from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, window_value, yes_or_no
+from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.memory import Memory
 from sb3_qa.panel import Panel
 from sb3_qa.questions import Target
@@ -57,6 +58,8 @@ class Recorder:
         assert env is not None
         self._normalize_inside = _normalize_inside(env)
         self._known = self._begins()  # not where learn() is called again, in the middle of an episode
+        windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
+        self._ages = CutAges(env.num_envs, self._known) if windows else None
         self._arrived = self._first_steps(self._reset_infos(), model._last_obs, range(env.num_envs))
         self._read_state()
         self.start()
@@ -72,6 +75,7 @@ class Recorder:
         self._terminated: list[NDArray[np.bool_]] = []
         self._truncated: list[NDArray[np.bool_]] = []
         self._actions: list[NDArray[Any]] = []
+        self._left: list[NDArray[np.int64]] = []
         self._last_obs: dict[tuple[int, int], Any] = {}
 
     def _read_state(self) -> None:
@@ -105,6 +109,8 @@ class Recorder:
         self._terminated.append(terminated)
         self._truncated.append(truncated)
         self._actions.append(np.array(actions))
+        if self._ages is not None:
+            self._left.append(self._ages.step(terminated, truncated))
         self._state = facts
         self.episodes.step(infos, local["rewards"], dones)
         if len(ended):
@@ -164,8 +170,11 @@ class Recorder:
         return times, values, find_cuts(terminated, truncated)
 
     def _window(self, target: Target, fact: Floats, now: Floats, terminated: Any, truncated: Any) -> Floats:
-        """The truth of a window (n_steps, n_envs), nan where it is not known."""
-        return window_value(target, fact, now, terminated, truncated)
+        """The truth of a window (n_steps, n_envs), nan where it is not known, or would not have been but for a termination."""
+        value = window_value(target, fact, now, terminated, truncated)
+        if self._ages is not None and target.horizon is not None:
+            value[cut_anyway(terminated, truncated, np.stack(self._left), target.horizon)] = np.nan
+        return value
 
     def _curves(self, reading: Reading, targets: list[Target], panel: Panel | None = None) -> list[Floats]:
         """Survival curves (n, width + 1) of event targets, of all questions or of a panel's, in the states read."""

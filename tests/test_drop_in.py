@@ -16,6 +16,7 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_algorithms import ALL, QUESTIONS, VALUE_BASED, Drift, alias, environment, make, network, taught
@@ -23,7 +24,7 @@ from test_algorithms import ALL, QUESTIONS, VALUE_BASED, Drift, alias, environme
 from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.policies import qa_policy
-from sb3_qa.truth import Truth, always, eventually, now
+from sb3_qa.truth import Truth, after, always, eventually, now
 from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
@@ -211,10 +212,43 @@ def test_a_small_replay_buffer_is_labelled_in_smaller_blocks() -> None:
     model = make(DQN, "QAMlpPolicy", environment(DQN), dict(questions=SHORT[1:], net_arch=[8]), buffer_size=4)
     model.learn(40, callback=QACallback())
     assert int(model.policy.qa_head.n_updates) > 0
-    far = [Question("?", eventually("low", within=3), name="far")]
+    far = [Question("?", after("low", steps=3), name="far")]
     model = make(DQN, "QAMlpPolicy", environment(DQN), dict(questions=far, net_arch=[8]), buffer_size=4)
     with pytest.raises(QAError, match="at least 3"):
         model.learn(40, callback=QACallback())
+
+
+class Stop(BaseCallback):
+    def _on_step(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("buffer_size, memory", [(1, False), (2, False), (5, False), (5, True), (40, True)])
+def test_an_event_beyond_what_the_buffer_keeps_goes_on_by_the_curve(buffer_size: int, memory: bool) -> None:
+    far = [Question("?", eventually("low", within=60), name="far")]
+    given = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
+    env = DummyVecEnv([Drift])
+    model = make(
+        DQN,
+        "QAMlpPolicy",
+        env,
+        dict(questions=far, net_arch=[8]),
+        buffer_size=buffer_size,
+        learning_starts=12,
+        **(given if memory else {}),
+    )
+    went_on = []
+
+    class Watch(QACallback):
+        def _on_rollout_end(self) -> None:
+            labels = self.model.replay_buffer.qa_labels  # type: ignore[attr-defined]
+            went_on.append(bool(labels._any_open.any()))
+            assert self.n_calls < buffer_size or (labels._known > 0).mean() >= 0.4
+            super()._on_rollout_end()
+
+    model.learn(80, callback=Watch())
+    assert any(went_on) and (model.replay_buffer.qa_labels._known > 0).all()
+    model.learn(10, callback=[QACallback(), Stop()], reset_num_timesteps=False)
 
 
 def make_fact(limit: Any) -> Any:

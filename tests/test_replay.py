@@ -357,7 +357,7 @@ def test_a_buffer_that_hides_its_rows_is_refused() -> None:
 
 
 def test_what_could_never_be_learnt_is_refused() -> None:
-    far = Question("Will it ring within 300 steps?", eventually("rings", within=300), name="far")
+    far = Question("Does it ring in 300 steps?", after("rings", steps=300), name="far")
     model = DQN(qa_policy(DQN), DummyVecEnv([Bell]), buffer_size=310, policy_kwargs=dict(questions=[far]))
     with pytest.raises(QAError, match="buffer_size"):
         model.learn(10, callback=QACallback())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa import Number, Question
@@ -55,9 +56,34 @@ def collect(fixed: bool, transitions: int = 50_000, buffer_size: int = 30_000) -
     return buffer.qa_labels, buffer.observations.argmax(-1).ravel()
 
 
-def errors(fixed: bool) -> dict[str, float]:
+def collect_on_policy(fixed: bool, rollouts: int = 80) -> Any:
+    """The same of rollouts, long enough that some windows fit between a time limit and the end."""
+    kept: list[tuple[Any, Any]] = []
+
+    class Keep(QACallback):
+        def _on_rollout_end(self) -> None:
+            super()._on_rollout_end()
+            obs = self.model.rollout_buffer.observations  # type: ignore[attr-defined]
+            kept.append((self._policy.qa_joint.store, obs.swapaxes(0, 1).argmax(-1).ravel()))
+
+    env = DummyVecEnv([lambda: Walk(fixed) for _ in range(20)])
+    env.seed(0)
+    once = dict(n_steps=32, batch_size=640, n_epochs=1)
+    model = PPO(qa_policy(PPO), env, seed=0, policy_kwargs=dict(questions=QUESTIONS), **once)  # type: ignore[arg-type]
+    model.learn(rollouts * 640, callback=Keep())
+    stores = [store for store, _ in kept]
+    together = SimpleNamespace(
+        targets=stores[0].targets,
+        _known=np.concatenate([store._known for store in stores]),
+        _event_at=np.concatenate([store._event_at for store in stores]),
+        values={start: np.concatenate([store.values[start] for store in stores]) for start in stores[0].values},
+    )
+    return together, np.concatenate([cells for _, cells in kept])
+
+
+def errors(fixed: bool, collected: Any = collect) -> dict[str, float]:
     """The largest error of a label's frequency, of any cell (for events of any hazard up to 20 steps)."""
-    labels, cells = collect(fixed)
+    labels, cells = collected(fixed)
     walk = RandomWalk(CELLS)
     within = np.stack([walk.probability_within(k) for k in range(WITHIN + 1)])
     exact = {
@@ -92,9 +118,10 @@ def errors(fixed: bool) -> dict[str, float]:
 BOUNDS = {"hit": 0.04, "later": 0.005, "sum": 0.15, "low": 0.03}
 
 
+@pytest.mark.parametrize("collected", [collect, collect_on_policy], ids=["replay", "rollouts"])
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed limit", "random limit"])
-def test_labels_are_as_frequent_as_what_they_tell(fixed: bool) -> None:
-    for name, error in errors(fixed).items():
+def test_labels_are_as_frequent_as_what_they_tell(fixed: bool, collected: Any) -> None:
+    for name, error in errors(fixed, collected).items():
         assert error < BOUNDS[name], (name, error)
 
 
