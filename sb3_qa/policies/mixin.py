@@ -61,8 +61,8 @@ class QAPolicyMixin:
     :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off; 0.1 by default
     :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint, the default) to 0 (the head only listens)
     :param qa_net_arch: widths of the head's own layers; [32] by default
-    :param qa_encoder: how the head's rows are made from questions: "index" (each instance has its own; the default), "text" (from its words,
-        by a small network that learns with the agent), "sentence" (by a pretrained model of sentences, frozen, and a learnt
+    :param qa_encoder: how the head's rows are made from questions: "index" (the default: each instance has its own), "text" (from its
+        words, by a small network that learns with the agent), "sentence" (by a pretrained model of sentences, frozen, and a learnt
         projection), or a callable of your own from a list of texts to a tensor (n_texts, width), in place of that model
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
         drawn at random, where there are more than that, 64 by default; with a rollout buffer
