@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.policies import qa_policy, stock_policies
 from sb3_qa.zoo.overwritten import overwritten
 
@@ -56,10 +54,8 @@ def tuned(algorithm: type[BaseAlgorithm], file: str, module: str) -> dict[str, d
     :param file: name of rl_zoo3's file, without its ending
     :raises QAError: when rl_zoo3 is not installed
     """
-    if importlib.util.find_spec("rl_zoo3") is None:
-        raise QAError(f"{module} needs rl_zoo3, which is not installed; expected it; pip install 'sb3-qa[zoo]'")
-    folder = Path(str(importlib.import_module("rl_zoo3").__file__)).parent / "hyperparams"
-    entries = importlib.import_module("yaml").safe_load((folder / f"{file}.yml").read_text(encoding="utf-8"))
+    folder = Path(str(need("rl_zoo3", "zoo", module).__file__)).parent / "hyperparams"
+    entries = need("yaml", "zoo", module).safe_load((folder / f"{file}.yml").read_text(encoding="utf-8"))
     return {name: _with_questions(entry, algorithm, module) for name, entry in entries.items()}
 
 
