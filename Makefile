@@ -20,12 +20,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# What some of them need is large, and so is installed for these alone: the study's environments, rl_zoo3, a browser's driver.
+# What some of them need is large, and so is installed for these alone: the study's environments, rl_zoo3, a browser's driver, TorchRL,
+# Weights & Biases, and imitation, which asks for older versions of Gymnasium and SB3 than it works with here.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study,browser,zoo]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gym-microrts==0.4.3
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study,browser,zoo,torchrl,wandb]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gym-microrts==0.4.3 imitation
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
-	$(BIN)/python -m pytest tests/test_study_tasks.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_study_tasks.py tests/test_torchrl.py tests/test_reward_fn.py $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

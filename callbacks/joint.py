@@ -87,12 +87,16 @@ class QACallback(BaseCallback):
             raise QAError(
                 f"QACallback got {type(self.model).__name__}; expected an algorithm with a rollout or replay buffer; use e.g. PPO or SAC"
             )
-        # The model is saved with its questions, not with the path of a file that may change or be elsewhere, nor without them.
-        given, questions = self.model.policy_kwargs.get("questions"), self._policy.qa_head.catalogue.questions
-        if isinstance(given, (str, PathLike)):
-            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": dump_questions(questions)}
-        elif given is None:  # they are the class's
-            self.model.policy_kwargs = {**self.model.policy_kwargs, "questions": list(questions)}
+        # The model is saved with its questions, not with the path of a file that may change or be elsewhere, nor with what a class
+        # says that may say something else when it is loaded.
+        given, policy = self.model.policy_kwargs, self._policy
+        made = {
+            name: value for name, value in policy.qa_kwargs.items() if given.get(name) is None and policy.departs(name)
+        }
+        if isinstance(given.get("questions"), (str, PathLike)):
+            made["questions"] = dump_questions(policy.qa_head.catalogue.questions)
+        if made:
+            self.model.policy_kwargs = {**given, **made}
         if self.store == "executed" and not isinstance(self.model, OffPolicyAlgorithm):
             raise QAError(
                 f'QACallback got store="executed" with {type(self.model).__name__}; expected an algorithm with a replay buffer, as an '

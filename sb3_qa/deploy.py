@@ -7,7 +7,6 @@ Everything here needs the extra ``sb3-qa[deploy]`` for ONNX, and torch alone for
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import nn
 
 from sb3_qa.answers import ChoiceAnswer, NumberAnswer
 from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.head import decode
 from sb3_qa.questions import Instance
 from sb3_qa.storage import questions_digest, weights_digest
@@ -265,10 +265,7 @@ def export(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
         )
     if suffix == ".onnx":
         for needed in ("onnx", "onnxscript"):
-            try:
-                importlib.import_module(needed)
-            except ModuleNotFoundError:
-                raise QAError(f"{path} needs {needed}; expected it installed; pip install 'sb3-qa[deploy]'") from None
+            need(needed, "deploy", str(path))
     module = AnswererModule(answerer).eval()
     batch = torch.export.Dim("batch", min=1)
     axes = tuple({1: batch} if name in STATE else {0: batch} for name in module.inputs)

@@ -6,7 +6,6 @@ that are given, or on a figure of their own, and no global state of matplotlib i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.scores import Reliability
 
 __all__ = ["draw_answers", "new_figure", "plot_numbers", "plot_reliability", "plot_risk", "plot_survival", "write_gif"]
@@ -32,7 +32,7 @@ def new_figure(
     :param size: width and height in inches
     :param options: of ``Figure.subplots``, e.g. ``width_ratios``
     """
-    figure = _need("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=110)
+    figure = need("matplotlib.figure", "demo", "sb3_qa.figures").Figure(figsize=size, layout="constrained", dpi=110)
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -181,7 +181,11 @@ def draw_answers(
         raise QAError(
             f"draw_answers got a frame of {got}; expected uint8 of shape (height, width, 3); render rgb_array"
         )
-    image, draw_on, fonts = _need("PIL.Image"), _need("PIL.ImageDraw"), _need("PIL.ImageFont")
+    image, draw_on, fonts = (
+        need("PIL.Image", "demo", "sb3_qa.figures"),
+        need("PIL.ImageDraw", "demo", "sb3_qa.figures"),
+        need("PIL.ImageFont", "demo", "sb3_qa.figures"),
+    )
     width = picture.shape[1]
     size = max(11, width // 27)
     font, line = fonts.load_default(size), int(size * 1.5)
@@ -215,7 +219,7 @@ def write_gif(path: str | PathLike[str], frames: Sequence[Frame], fps: float = 1
     """
     if not len(frames):
         raise QAError("write_gif got no frames; expected at least one; record an episode first")
-    image = _need("PIL.Image")
+    image = need("PIL.Image", "demo", "sb3_qa.figures")
     some = [frames[n] for n in np.unique(np.linspace(0, len(frames) - 1, 8).astype(int))]
     palette = image.fromarray(np.concatenate(some)).quantize(colours)
     pictures = [image.fromarray(frame).quantize(palette=palette, dither=image.Dither.NONE) for frame in frames]
@@ -228,12 +232,3 @@ def _marks(marks: ArrayLike | None, n: int) -> NDArray[np.bool_]:
     if out.shape != (n,):
         raise QAError(f"plot_risk got marks of shape {out.shape} for {n} steps; expected {(n,)}; give one a step")
     return out
-
-
-def _need(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"sb3_qa.figures needs {module.split('.')[0]}, which is not installed; install it with: pip install 'sb3-qa[demo]'"
-        ) from error

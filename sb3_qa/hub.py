@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from os import PathLike
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import gymnasium as gym
 import stable_baselines3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.questions import Question
 
 __all__ = ["package", "push"]
@@ -30,7 +33,7 @@ def package(
     model: BaseAlgorithm,
     folder: str | PathLike[str],
     env_id: str,
-    eval_env: VecEnv,
+    eval_env: VecEnv | gym.Env[Any, Any],
     *,
     scores: Mapping[str, float] | None = None,
     limits: str = "",
@@ -39,25 +42,29 @@ def package(
 ) -> Path:
     """Make the folder of a repository: model, answerer, statistics, results and model card. Nothing is uploaded.
 
-    Files are named as ``huggingface_sb3`` names them: ``ppo-CartPole-v1.zip``, which ``load_from_hub`` and rl_zoo3 find, ``config.json``,
-    ``results.json``, ``vec_normalize.pkl`` and ``README.md``; beside them ``ppo-CartPole-v1.qa`` and, if the policy can be exported,
-    ``ppo-CartPole-v1.onnx``.
+    Files are named as ``huggingface_sb3`` names them: ``ppo-CartPole-v1.zip``, ``config.json``, ``results.json``, ``vec_normalize.pkl``
+    and ``README.md``; beside them ``ppo-CartPole-v1.qa`` and, if the policy can be exported, ``ppo-CartPole-v1.onnx``. There is no video.
 
     :param folder: new or empty
     :param env_id: the environment's id
-    :param eval_env: as the model sees it, for the mean reward on the card
+    :param eval_env: as the model sees it, for the mean reward on the card; neither statistics nor rewards are normalised in it
     :param scores: of the answers, for the card, e.g. ``{"crash[k=5] Brier score": 0.006}``
     :param limits: what users are to know, in Markdown
     :return: the folder
     :raises QAError: when it holds files already, the model has no questions, or what this needs is not installed
     """
-    sb3_names, cards = _need("huggingface_sb3.naming_schemes"), _need("huggingface_hub")
+    sb3_names = need("huggingface_sb3.naming_schemes", "deploy", "sb3_qa.hub")
+    cards = need("huggingface_hub", "deploy", "sb3_qa.hub")
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise QAError(
             f"package got the folder {str(target)!r}, which holds files; expected a new one, as all of it is pushed; name one"
         )
     answerer = QuestionAnswerer.from_model(model)
+    venv = eval_env if isinstance(eval_env, VecEnv) else DummyVecEnv([lambda: Monitor(eval_env)])
+    normalize = unwrap_vec_normalize(venv)
+    with _as_it_is(normalize):  # and before there is a folder, should it fail
+        mean, std = evaluate_policy(model, venv, n_eval_episodes, deterministic)
     algorithm = {"RecurrentPPO": "ppo_lstm"}.get(
         type(model).__name__, type(model).__name__.lower()
     )  # as rl_zoo3 names them
@@ -71,7 +78,6 @@ def package(
         files.append(f"{name}.onnx")
     except QAError as error:
         log.warning("the folder is made without an ONNX file: %s", error)
-    normalize = unwrap_vec_normalize(eval_env)
     if normalize is not None:
         normalize.save(str(target / "vec_normalize.pkl"))
         files.append("vec_normalize.pkl")
@@ -79,7 +85,6 @@ def package(
         config = json.loads(saved.read("data"))
     config["system_info"] = stable_baselines3.get_system_info(print_info=False)[0]
     (target / "config.json").write_text(json.dumps(config))
-    mean, std = evaluate_policy(model, eval_env, n_eval_episodes, deterministic)
     results = {
         "mean_reward": float(mean),  # type: ignore[arg-type]
         "std_reward": float(std),  # type: ignore[arg-type]
@@ -104,6 +109,7 @@ def package(
                 metric_type="mean_reward",
                 metric_name="mean_reward",
                 metric_value=reward,
+                verified=False,
             )
         ],
     )
@@ -124,10 +130,24 @@ def push(folder: str | PathLike[str], repo_id: str, *, message: str = "A model w
         raise QAError(
             f"push got {str(folder)!r}, which has no README.md; expected a folder made by package(); make it first"
         )
-    api = _need("huggingface_hub").HfApi() if api is None else api
-    address = str(api.create_repo(repo_id=repo_id, exist_ok=True))
-    api.upload_folder(repo_id=repo_id, folder_path=str(folder), path_in_repo=".", commit_message=message)
-    return address
+    api = need("huggingface_hub", "deploy", "sb3_qa.hub").HfApi() if api is None else api
+    address = api.create_repo(repo_id=repo_id, exist_ok=True)  # which knows the owner where none was given
+    api.upload_folder(repo_id=address.repo_id, folder_path=str(folder), commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def _as_it_is(normalize: VecNormalize | None) -> Iterator[None]:
+    """Statistics stay as they are, and rewards the environment's own."""
+    if normalize is None:
+        yield
+        return
+    before = normalize.training, normalize.norm_reward
+    normalize.training = normalize.norm_reward = False
+    try:
+        yield
+    finally:
+        normalize.training, normalize.norm_reward = before
 
 
 def _text(
@@ -174,10 +194,10 @@ has no guarantee. {limits}
 ## Usage
 
 ```python
-from huggingface_sb3 import load_from_hub
+from huggingface_hub import hf_hub_download
 from sb3_qa import QuestionAnswerer
 
-qa = QuestionAnswerer.load(load_from_hub("<owner>/{name}", "{name}.qa"))  # no pickle; the .zip holds some
+qa = QuestionAnswerer.load(hf_hub_download("<owner>/{name}", "{name}.qa"))  # no pickle; the .zip holds some
 print(qa.questions)
 ```
 {sees}"""
@@ -191,12 +211,3 @@ def _truth(question: Question) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _need(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise QAError(
-            f"sb3_qa.hub needs {module.split('.')[0]}; expected it installed; pip install 'sb3-qa[deploy]'"
-        ) from None

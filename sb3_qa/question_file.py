@@ -40,6 +40,7 @@ from typing import Any, TypeGuard
 
 from sb3_qa import truth as operators
 from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.facts import COMPARISONS, FactOf
 from sb3_qa.named import function_named, is_function_name, name_of
 from sb3_qa.questions import AnswerKind, Catalogue, Choice, Number, Question, YesNo
@@ -122,12 +123,7 @@ def _toml() -> Any:
 
 
 def _yaml(text: str, name: str) -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise QAError(
-            f"{name} needs PyYAML; expected it installed; pip install 'sb3-qa[files]', or write TOML or JSON"
-        ) from None
+    yaml = need("yaml", "files", f"{name}, unless it is TOML or JSON,")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -29,6 +29,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.certificate import answerer_digests
 from sb3_qa.errors import QAError
 from sb3_qa.evaluation import Agent, SeededEpisodes, Trace, run_episodes
+from sb3_qa.extras import need
 from sb3_qa.facts import FactReader
 from sb3_qa.questions import Catalogue
 from sb3_qa.storage import weights_digest
@@ -432,12 +433,7 @@ def _own_randomness(model: Any, seed: int) -> Iterator[None]:
 
 class _Progress:
     def __init__(self, played: ShadowEpisodes, episodes: int | None, enough: int) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise QAError(
-                "certify got progress_bar=True without tqdm; expected it installed; pip install tqdm"
-            ) from error
+        tqdm = need("tqdm", "demo", "certify, with progress_bar=True,").tqdm
         self.played, self.by_episode = played, episodes is not None
         self.bar = tqdm(
             total=episodes if self.by_episode else enough, unit="episode" if self.by_episode else "catastrophe"

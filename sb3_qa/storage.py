@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -153,6 +154,11 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Te
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
+        if zipfile.is_zipfile(path):
+            raise QAError(
+                f"{name} is a .zip, as of a model that was saved; expected a file written by QuestionAnswerer.save(); write e.g. "
+                f'QuestionAnswerer.from_model(PPO.load("{name}")).save("driver.qa")'
+            ) from None
         raise QAError(
             f"{name} cannot be read ({error}); expected a whole file written by QuestionAnswerer.save(); copy or save it again"
         ) from error

@@ -561,6 +561,8 @@ class TestVeto:
     def test_it_stands_in_a_specification(self, certificate, qa):
         env = VetoAction(ActionWalk(5, 0.3), "hit[k=3]", threshold=certificate.only_warn(), qa=qa)
         kept = json.loads(json.dumps(env._saved_kwargs))
+        given = VetoAction.wrapper_spec(question="hit[k=3]", threshold=certificate.only_warn()).kwargs
+        assert json.loads(json.dumps(given))["threshold"] == kept["threshold"]
         again = VetoAction(ActionWalk(5, 0.3), **kept)
         assert again.rule.guard.certificate == certificate and again.rule.guard.certificate.mismatch == "warn"
         assert again.rule.threshold == env.rule.threshold == certificate.threshold

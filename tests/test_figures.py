@@ -77,4 +77,4 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
 def test_a_missing_extra_is_named():
     code = "import sys; sys.modules['matplotlib'] = None; from sb3_qa.figures import new_figure; new_figure()"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=120)
-    assert "matplotlib, which is not installed; install it with: pip install 'sb3-qa[demo]'" in done.stderr
+    assert "needs matplotlib, which is not installed; expected it; pip install 'sb3-qa[demo]'" in done.stderr

@@ -314,7 +314,10 @@ class TestRefused:
         (tmp_path / "q.yaml").write_text(YAML)
         for module in ("yaml", "tomllib", "tomli"):
             monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(QAError, match=r"q.yaml needs PyYAML; .*pip install 'sb3-qa\[files\]'"):
+        with pytest.raises(
+            QAError,
+            match=r"q.yaml, unless it is TOML or JSON, needs yaml, which is not installed; .*pip install 'sb3-qa\[files\]'",
+        ):
             load_questions(tmp_path / "q.yaml")
         with pytest.raises(QAError, match=r"TOML file needs Python 3.11, or tomli; .*pip install 'sb3-qa\[files\]'"):
             load_questions(path)

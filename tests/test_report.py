@@ -359,5 +359,6 @@ def test_an_extra_that_is_missing(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(model), "--env", ENV]) == 1
     assert (
-        "the report needs matplotlib, which is not installed; pip install 'sb3-qa[cli,demo]'" in capsys.readouterr().err
+        "the report needs matplotlib, which is not installed; expected it; pip install 'sb3-qa[cli,demo]'"
+        in capsys.readouterr().err
     )

@@ -6,12 +6,22 @@ from functools import partial
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from wrapping import Toy, make_qa, run_vec, toys
 
 from sb3_qa import QAError
 from sb3_qa.wrappers import QAReward, VecShapeReward
+
+try:  # pip install --no-deps imitation: it asks for older versions of Gymnasium and SB3 than it works with here
+    from imitation.policies.replay_buffer_wrapper import ReplayBufferRewardWrapper
+    from imitation.rewards.reward_wrapper import RewardVecEnvWrapper
+except ImportError:
+    RewardVecEnvWrapper = None
+needs_imitation = pytest.mark.skipif(
+    RewardVecEnvWrapper is None, reason="needs imitation: pip install --no-deps imitation"
+)
 
 WEIGHTS = {"danger": -2.0, "speed": 0.5, "crash[k=1]": -1.0}
 POTENTIAL = dict(rewards={"danger": -2.0, "speed": 0.5}, mode="potential", gamma=0.9)
@@ -57,11 +67,14 @@ class RewardWrapper(VecEnvWrapper):
         return obs, rewards, dones, infos
 
 
+@pytest.mark.parametrize(
+    "wrapper", [RewardWrapper, pytest.param(RewardVecEnvWrapper, marks=needs_imitation)], ids=["ours", "imitation"]
+)
 @pytest.mark.parametrize("name", list(FORMS))
-def test_it_gives_what_the_wrapper_gives(qa, name):
+def test_it_gives_what_the_wrapper_gives(qa, name, wrapper):
     arguments = FORMS[name]
     expected = run_vec(VecShapeReward(toys(3), qa=qa, **arguments), ACTIONS)
-    given = run_vec(RewardWrapper(toys(3), QAReward(qa, **arguments)), ACTIONS)
+    given = run_vec(wrapper(toys(3), QAReward(qa, **arguments)), ACTIONS)
     n_cut = n = 0
     for moments, others in zip(expected, given, strict=True):
         for moment, other in zip(moments, others, strict=True):
@@ -132,6 +145,39 @@ def test_an_agent_learns_from_it(qa, tmp_path):
     going = ~np.concatenate([done for *_, done in env.calls[:16]])  # PPO adds a value where an episode is cut
     assert going.sum() > 20
     np.testing.assert_allclose(model.rollout_buffer.rewards.reshape(-1)[going], given[going], rtol=1e-5)
+
+
+@needs_imitation
+def test_imitation_takes_observations_in_a_dict():
+    both = spaces.Dict({"near": spaces.Box(-9, 9, (4,), np.float32), "far": spaces.Box(-9, 9, (2,), np.float32)})
+    qa = make_qa("MultiInputPolicy", observation_space=both)
+    expected = run_vec(VecShapeReward(toys(3, observation_space=both), WEIGHTS, "replace", qa=qa), ACTIONS)
+    given = run_vec(RewardVecEnvWrapper(toys(3, observation_space=both), QAReward(qa, WEIGHTS)), ACTIONS)
+    for moments, others in zip(expected, given, strict=True):
+        for moment, other in zip(moments, others, strict=True):
+            if moment.before is not None:
+                assert other.reward == pytest.approx(moment.told["qa/shaping_reward"], rel=1e-4, abs=1e-5)
+
+
+@needs_imitation
+def test_imitation_relabels_a_replay_buffer(qa):
+    """Its other user of such functions: what is sampled has the reward of answers."""
+    reward_fn = QAReward(qa, WEIGHTS)
+    model = DQN(
+        "MlpPolicy",
+        toys(2),
+        learning_starts=10,
+        buffer_size=200,
+        replay_buffer_class=ReplayBufferRewardWrapper,
+        replay_buffer_kwargs=dict(replay_buffer_class=ReplayBuffer, reward_fn=reward_fn),
+        seed=0,
+        device="cpu",
+    )
+    model.learn(60)
+    batch = model.replay_buffer.sample(16)
+    obs, following = (part.numpy() for part in (batch.observations, batch.next_observations))
+    expected = reward_fn(obs, batch.actions.numpy(), following, batch.dones.numpy())
+    np.testing.assert_allclose(batch.rewards.numpy()[:, 0], expected, rtol=1e-5)
 
 
 class TestRefused:

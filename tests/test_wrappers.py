@@ -486,8 +486,13 @@ class TestBinding:
         with pytest.raises(QAError, match=r"AnswerQuestions got qa=PPO; expected a .*; write qa=.*from_model\(model\)"):
             wrap(model)
         model.save(tmp_path / "model.zip")
-        with pytest.raises(QAError, match=r"model.zip cannot be read .*expected a whole file written by .*save\(\)"):
+        with pytest.raises(
+            QAError, match=r"model.zip is a .zip, .*expected a file written by .*from_model\(PPO\.load\("
+        ):
             wrap(tmp_path / "model.zip")
+        (tmp_path / "half.qa").write_bytes(b"half")
+        with pytest.raises(QAError, match=r"half.qa cannot be read .*expected a whole file written by .*save\(\)"):
+            wrap(tmp_path / "half.qa")
         with pytest.raises(QAError, match="there is no file"):
             wrap(tmp_path)
 
@@ -604,6 +609,78 @@ class TestGymnasium:
         assert (shape["rewards"], veto["on_veto"]) == ("test_wrappers:halved", "test_wrappers:other_pole")
         made = gym.make(EnvSpec.from_json(env.spec.to_json()))
         assert (made.rule.on_veto, made.env.rule.rewards) == (other_pole, halved)
+
+    def test_a_specification_takes_what_the_wrapper_takes_and_writes_it_as_data(self, pole, tmp_path):
+        """Paths, numpy's numbers, functions, as they are when wrapping by hand."""
+        wrappers = (
+            ShapeReward.wrapper_spec(rewards=halved, gamma=np.float64(0.5), mode="potential", qa=pole[1]),
+            VetoAction.wrapper_spec(
+                question="crash[k=3]",
+                threshold=np.float32(0.5),
+                on_veto=other_pole,
+                qa=pole[1],
+                record=tmp_path / "flight.sqlite",
+            ),
+            AnswerQuestions.wrapper_spec(questions=("speed",), qa=pole[1]),
+        )
+        assert wrappers[1].kwargs["qa"] == str(pole[1]) and type(wrappers[1].kwargs["threshold"]) is float
+        spec = dataclasses.replace(gym.spec("CartPole-v1"), additional_wrappers=wrappers)
+        for made in (gym.make(spec), gym.make(EnvSpec.from_json(spec.to_json()))):
+            assert (made.env.rule.on_veto, made.env.env.rule.rewards) == (other_pole, halved)
+            assert made.rule.questions == ["speed"] and made.env.rule.threshold == 0.5
+            made.close()
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (dict(threshold=0.5, qa="live"), r"got qa=QuestionAnswerer; expected a path.*qa\.save\("),
+            (dict(threshold=0.5, penalty=1j), r"got penalty=1j, which cannot be written as JSON.*plain data"),
+            (dict(threshold=0.5, thresh=0.5), r"got thresh=; expected one of 'threshold'.*rename"),
+            (dict(), r"got no threshold; expected one; give threshold="),
+        ],
+        ids=["live", "no data", "misspelt", "missing"],
+    )
+    def test_a_specification_that_cannot_be_written_is_refused_when_it_is_made(self, pole, arguments, said):
+        if "qa" in arguments:
+            arguments = arguments | {"qa": pole[0]}
+        with pytest.raises(QAError, match=rf"VetoAction\.wrapper_spec {said}"):
+            VetoAction.wrapper_spec(question="crash[k=3]", **arguments)
+
+    def test_a_model_that_acts_is_written_by_its_name(self, pole):
+        """In this process it is at hand; from JSON it is refused at once."""
+        model = make_model("CartPole-v1")
+        env = AnswerQuestions(VetoAction(gym.make("CartPole-v1"), "crash[k=3]", 0.0, on_veto=model, qa=pole[1]))
+        assert gym.make(env.spec).env.rule.on_veto is model
+        spec = EnvSpec.from_json(env.spec.to_json())
+        with pytest.raises(QAError, match=r"VetoAction, on_veto, got '.*:<PPO>', which names no function"):
+            gym.make(spec)
+
+    @pytest.mark.parametrize("mode", ["sync", "async"])
+    def test_vector_environments_of_a_specification(self, pole, mode):
+        """Through make_vec, and through the JSON of what it made, as wrapped by hand."""
+        wrapper = VetoAction.wrapper_spec(question="crash[k=3]", threshold=0.5, qa=pole[1])
+        spec = dataclasses.replace(gym.spec("CartPole-v1"), additional_wrappers=(wrapper,))
+        single = VetoAction(gym.make("CartPole-v1"), "crash[k=3]", 0.5, qa=pole[1])
+        envs = gym.make_vec(spec, 2, vectorization_mode=mode, vector_kwargs=dict(autoreset_mode="SameStep"))
+        try:
+            again = gym.make_vec(EnvSpec.from_json(envs.spec.to_json()))
+            for made in (envs, again):
+                obs, _ = made.reset(seed=[1, 2])
+                alone, _ = single.reset(seed=1)
+                np.testing.assert_array_equal(obs[0], alone)
+                for action in (0, 1, 0):
+                    obs, *_, infos = made.step(np.array([action, action]))
+                    alone, *_, info = single.step(action)
+                    np.testing.assert_array_equal(obs[0], alone)
+                    assert infos["qa/risk"][0] == pytest.approx(info["qa/risk"])
+                    assert infos["qa/executed_action"][0] == info["qa/executed_action"]
+            again.close()
+        finally:
+            envs.close()
+
+    def test_what_is_no_environment_is_refused(self, pole):
+        with pytest.raises(QAError, match=r"got a str; expected one gymnasium\.Env; make one, as by gym\.make\(id\)"):
+            AnswerQuestions("CartPole-v1", qa=pole[1])
 
     @pytest.mark.parametrize("kind", ["lambda", "method", "object"])
     def test_a_function_without_a_name_is_refused_when_made_again(self, pole, kind):

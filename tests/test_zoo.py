@@ -46,9 +46,16 @@ QUESTIONS = [
 
 
 class OwnQuestions(QAMlpPolicy):
-    """A policy that has its questions whatever policy_kwargs are."""
+    """A policy that has its questions, and all else about them, whatever policy_kwargs are."""
 
     questions = QUESTIONS
+    qa_coef = 0.5
+    qa_trunk_gradient = 0.25
+    qa_net_arch = [16]
+    qa_encoder = "text"
+    qa_sample = 7
+    qa_readouts = ["action_net"]
+    action_names = ["left", "right"]
 
 
 def as_zoo_builds(wrap, n_envs=2, training=True):
@@ -241,14 +248,91 @@ def test_questions_of_a_class_stay_with_the_model(tmp_path: Path) -> None:
     )
     model.learn(32, callback=QACallback())
     model.save(tmp_path / "model")
-    OwnQuestions.questions, kept = [QUESTIONS[0]], OwnQuestions.questions
+    expected = dict(
+        qa_coef=0.5,
+        qa_trunk_gradient=0.25,
+        qa_net_arch=[16],
+        qa_encoder="text",
+        qa_sample=7,
+        qa_readouts=["action_net"],
+        action_names=["left", "right"],
+    )
+    kept = {name: vars(OwnQuestions)[name] for name in ["questions", *expected]}
+    OwnQuestions.questions = [QUESTIONS[0]]
+    for name in expected:
+        delattr(OwnQuestions, name)
     try:
         loaded = PPO.load(tmp_path / "model")
     finally:
-        OwnQuestions.questions = kept
-    assert [question.name for question in loaded.policy.qa_head.catalogue.questions] == ["fall", "angle"]
+        for name, value in kept.items():
+            setattr(OwnQuestions, name, value)
+    for policy in (model.policy, loaded.policy):
+        assert [question.name for question in policy.qa_head.catalogue.questions] == ["fall", "angle"]
+        assert {name: policy.qa_kwargs[name] for name in expected} == expected
     with pytest.raises(QAError, match="class Mine"):
         PPO("QAMlpPolicy", make_vec_env("CartPole-v1", 1), policy_kwargs={"net_arch": [8]})
+
+
+def test_what_is_given_counts_more_than_what_the_class_says() -> None:
+    given = dict(questions=[QUESTIONS[1]], qa_coef=0.0, qa_net_arch=[], qa_encoder="index")
+    policy = PPO(OwnQuestions, make_vec_env("CartPole-v1", 1), policy_kwargs=given).policy
+    assert {name: policy.qa_kwargs[name] for name in ("qa_coef", "qa_net_arch", "qa_encoder", "qa_sample")} == dict(
+        qa_coef=0.0, qa_net_arch=[], qa_encoder="index", qa_sample=7
+    )
+    assert list(policy.qa_head.catalogue.instances) == ["angle"]
+
+
+def test_a_misspelt_attribute_of_a_class_is_refused() -> None:
+    with pytest.raises(QAError, match=r"got qa_coeff, which no policy takes; expected one of 'qa_coef'"):
+        type(QAMlpPolicy)("Mine", (QAMlpPolicy,), {"qa_coeff": 0.5})
+
+
+class ExperimentManager:
+    """What rl_zoo3's has when it makes a model, without rl_zoo3."""
+
+    __module__ = "rl_zoo3.exp_manager"
+    storage, study_name, trial_id = "trials.log", "mine", None
+    optimize_hyperparameters = False
+    given = {"questions": QUESTIONS, "qa_coef": 0.7, "net_arch": [16, 16]}
+
+    def __init__(self, **options):
+        vars(self).update(options)
+        self._hyperparams = {"policy_kwargs": self.given}
+
+    def read_hyperparameters(self):
+        print("Loading hyperparameters")
+        kwargs = repr(self.given) if self.trial_id is None else {"net_arch": [8]}
+        return {"policy_kwargs": kwargs}, None
+
+    def make(self, policy, learn=False):
+        model = PPO(
+            policy, make_vec_env("CartPole-v1", 1), n_steps=32, batch_size=32, policy_kwargs={"net_arch": [8]}, seed=0
+        )
+        return model.learn(32, callback=zoo.QACallback()) if learn else model
+
+
+@pytest.mark.parametrize("way", [dict(optimize_hyperparameters=True), dict(trial_id=1)], ids=["optimize", "trial"])
+def test_what_the_zoo_overwrites_is_kept(way, tmp_path: Path, capsys) -> None:
+    """-optimize and --trial-id pass policy_kwargs of a trial in the place of those of the hyperparameters."""
+    policy = import_module("sb3_qa.zoo.ppo").MlpPolicy
+    model = ExperimentManager(**way).make(policy, learn=True)
+    model.save(tmp_path / "model")
+    for kept in (model, PPO.load(tmp_path / "model")):
+        assert [question.name for question in kept.policy.qa_head.catalogue.questions] == ["fall", "angle"]
+        assert kept.policy.qa_kwargs["qa_coef"] == 0.7 and kept.policy.net_arch == [8]
+    assert "Loading" not in capsys.readouterr().out
+    plain = ExperimentManager().make(policy)
+    assert [question.name for question in plain.policy.qa_head.catalogue.questions] == ["end"]
+    assert plain.policy.qa_kwargs["qa_coef"] == 0.1
+
+
+def test_what_another_class_would_lose_is_refused() -> None:
+    with pytest.raises(
+        QAError, match=r"OwnQuestions got no qa_coef of the hyperparameters.*sb3_qa\.zoo\.ppo\.MlpPolicy"
+    ):
+        ExperimentManager(optimize_hyperparameters=True).make(OwnQuestions, learn=True)
+    same = {"questions": QUESTIONS, "qa_coef": 0.5}
+    ExperimentManager(optimize_hyperparameters=True, given=same).make(OwnQuestions, learn=True)
 
 
 ALGORITHMS = ["a2c", "crossq", "ddpg", "dqn", "ppo", "ppo_lstm", "qrdqn", "sac", "td3", "tqc", "trpo"]
@@ -424,6 +508,22 @@ def test_optimize_keeps_questions_or_stops(folder: Path) -> None:
     finally:
         sys.path.remove(str(folder))
     assert model.policy.qa_head.catalogue.questions[0].name == "fall"
+
+
+@slow
+def test_optimize_and_its_trials_keep_what_a_file_says(folder: Path) -> None:
+    """By the zoo's own policies, without a class of one's own."""
+    study = ["--storage", "study.log", "--study-name", "mine", "-n", "128"]
+    search = ["-optimize", "--n-trials", "2", "--sampler", "random", "--pruner", "none", "--no-optim-plots"]
+    settings = (folder / "ppo.yml").read_text().replace("sb3_qa.policies.QAMlpPolicy", "sb3_qa.zoo.ppo.MlpPolicy")
+    (folder / "ppo.yml").write_text(settings.replace("toml\n", "toml\n    qa_coef: 0.7\n", 1))
+    told = train(folder, "-conf", "ppo.yml", *study, *search, "--optimization-log-path", "trials")
+    assert "Best trial" in told
+    train(folder, "-conf", "ppo.yml", *study, "--trial-id", "1")
+    (trained,) = folder.glob("logs/ppo/*/CartPole-v1.zip")
+    for path in (folder / "trials/trial_0/best_model.zip", trained):
+        policy = PPO.load(path).policy
+        assert policy.qa_head.catalogue.questions[0].name == "fall" and policy.qa_kwargs["qa_coef"] == 0.7
 
 
 @slow

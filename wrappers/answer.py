@@ -17,7 +17,8 @@ from sb3_qa.errors import QAError
 from sb3_qa.question_file import is_question_file, load_questions
 from sb3_qa.questions import nearest
 from sb3_qa.values import PointValues
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper, as_data, recorded
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, Rule, VecQAWrapper
+from sb3_qa.wrappers.specification import as_data, recorded
 
 __all__ = ["AnswerQuestions", "AnswerRule", "Asked", "VecAnswerQuestions"]
 

@@ -17,7 +17,7 @@ from sb3_qa.facts import fact_of_slots
 from sb3_qa.monitor import MissMonitor
 from sb3_qa.wrappers.shell import Arrival
 
-__all__ = ["Guard", "guard_of", "recorded_threshold"]
+__all__ = ["Guard", "guard_of"]
 
 Bools = NDArray[np.bool_]
 
@@ -35,13 +35,6 @@ def guard_of(name: str, question: str, threshold: Any, shadow: bool) -> Guard | 
             f"{name} asks {question!r} and got a certificate of {threshold.question!r}; expected one of the same; certify() {question!r}"
         )
     return Guard(threshold, shadow)
-
-
-def recorded_threshold(threshold: Any) -> Any:
-    """``threshold=`` as it stands in an environment's spec, which is JSON."""
-    if isinstance(threshold, Certificate):
-        return {**threshold.to_dict(), "mismatch": threshold.mismatch}
-    return threshold
 
 
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ from sb3_qa.errors import QAError
 from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import Choice
 from sb3_qa.wrappers.answer import AnswerRule
-from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper, as_data, recorded
+from sb3_qa.wrappers.shell import QA, Arrival, Info, QAWrapper, VecQAWrapper
+from sb3_qa.wrappers.specification import as_data, recorded
 
 __all__ = ["Rewards", "ShapeReward", "ShapeRule", "VecShapeReward", "potential_shaping"]
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import WrapperSpec
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecEnvWrapper
@@ -27,8 +28,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecE
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory
-from sb3_qa.named import FunctionName
 from sb3_qa.sharing import SharedAnswerer
+from sb3_qa.wrappers.specification import specified
 
 __all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
 
@@ -223,22 +224,6 @@ def as_answerer(name: str, qa: QA) -> QuestionAnswerer | None:
     return answerer
 
 
-def recorded(qa: QA) -> str | None:
-    """``qa=`` as it stands in an environment's spec, which is JSON: a path; an answerer at hand is to be bound again."""
-    return os.fspath(qa) if isinstance(qa, (str, PathLike)) else None
-
-
-def as_data(value: Any) -> Any:
-    """An argument as it stands in an environment's spec: plain data, with functions by their names."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {key: as_data(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_data(item) for item in value]
-    return FunctionName(value) if callable(value) else value
-
-
 def plain(action: Any) -> Any:
     """An action for ``info``: a number of a discrete action, an array otherwise."""
     return action.item() if isinstance(action, np.generic) or np.ndim(action) == 0 else np.array(action)
@@ -256,8 +241,9 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], rule: Rule, qa: QA) -> None:
         if not isinstance(env, gym.Env):
-            other = f"sb3_qa.wrappers.{'Vec' if isinstance(env, VecEnv) else 'vector.'}{rule.name}"
-            raise QAError(f"{rule.name} got a {type(env).__name__}; expected one gymnasium.Env; wrap it in {other}")
+            other = "" if not isinstance(env, (VecEnv, VectorEnv)) else "Vec" if isinstance(env, VecEnv) else "vector."
+            mend = f"wrap it in sb3_qa.wrappers.{other}{rule.name}" if other else "make one, as by gym.make(id)"
+            raise QAError(f"{rule.name} got a {type(env).__name__}; expected one gymnasium.Env; {mend}")
         super().__init__(env)
         self.rule = rule
         self._first_info: Info | None = None  # what was told at the reset, until the first step
@@ -265,6 +251,15 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         if answerer is not None:
             self.bind(answerer)
         rule.watch(self)
+
+    @classmethod
+    def wrapper_spec(cls, **kwargs: Any) -> WrapperSpec:
+        """This wrapper for an environment's specification, ``EnvSpec(additional_wrappers=...)``, which goes through JSON.
+
+        :param kwargs: of the wrapper; ``qa`` is a path
+        :raises QAError: when it does not take them, or they cannot be written as JSON
+        """
+        return super().wrapper_spec(**specified(cls, kwargs))
 
     def close(self) -> None:
         self.rule.close()

@@ -12,8 +12,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.certificate import Certificate
 from sb3_qa.recorder import FlightRecorder
-from sb3_qa.wrappers.guard import recorded_threshold
-from sb3_qa.wrappers.shell import QA, QAWrapper, VecQAWrapper, as_data, recorded
+from sb3_qa.wrappers.shell import QA, QAWrapper, VecQAWrapper
+from sb3_qa.wrappers.specification import as_data, recorded, recorded_threshold
 from sb3_qa.wrappers.substitutes import OnVeto, is_catastrophe, safest
 from sb3_qa.wrappers.veto_rule import Record, VetoRule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.cli.agents import Agent, as_seen_by, load_agent, make_env
 from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 
 __all__ = ["main", "write_report"]
 
@@ -74,12 +74,7 @@ def write_report(args: Args) -> int:
     :raises QAError: when something is missing, before anything is played where that can be known
     """
     for module in ("matplotlib", "PIL"):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError:
-            raise QAError(
-                f"the report needs {module}, which is not installed; pip install 'sb3-qa[cli,demo]'"
-            ) from None
+        need(module, "cli,demo", "the report")
     from sb3_qa.report.moments import choose, film
     from sb3_qa.report.page import About, write_page
     from sb3_qa.report.played import Plan, play

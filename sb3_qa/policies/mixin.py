@@ -22,12 +22,24 @@ from sb3_qa.language import make_head
 from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
-from sb3_qa.questions import Catalogue
+from sb3_qa.questions import Catalogue, nearest
 from sb3_qa.taps import Taps, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
 T = TypeVar("T", bound=Callable[..., Any])
+
+DEFAULTS: dict[str, Any] = {
+    "questions": None,
+    "qa_coef": 0.1,
+    "qa_trunk_gradient": 1.0,
+    "qa_net_arch": [32],
+    "qa_encoder": "index",
+    "qa_sample": 64,
+    "action_names": None,
+    "qa_readouts": None,
+}
+"""Of the arguments of policies that are about questions."""
 
 LEARNERS: weakref.WeakSet[Any] = weakref.WeakSet()
 """Policies of models, made or loaded in this process; those of answerers from files are none."""
@@ -39,16 +51,22 @@ class QAPolicyMixin:
     ``parameters()`` yields the agent's own parameters, which is what SB3 clips the gradient of; the head's are
     ``qa_head.parameters()``. ``named_parameters()``, ``state_dict()`` and the optimiser hold both.
 
-    :param questions: what is to be answered: a list of questions, or a question file, see :mod:`sb3_qa.question_file`; None for those
-        in ``questions`` of a class that was derived from this one
-    :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off
-    :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint) to 0 (the head only listens)
-    :param qa_net_arch: widths of the head's own layers
-    :param qa_encoder: how the head's rows are made from questions: "index" (each instance has its own), "text" (from its words, by a
-        small network that learns with the agent), "sentence" (by a pretrained model of sentences, frozen, and a learnt
+    What is not given is that of the class, so that a class derived from one of these may hold what it is to be made with, where
+    ``policy_kwargs`` are overwritten (as by rl_zoo3's ``-optimize``)::
+
+        class Driver(QAMlpPolicy):
+            questions = "questions.toml"
+            qa_coef = 0.5
+
+    :param questions: what is to be answered: a list of questions, or a question file, see :mod:`sb3_qa.question_file`
+    :param qa_coef: weight of the question loss in the sum of losses, as ``vf_coef``; 0 switches it off; 0.1 by default
+    :param qa_trunk_gradient: how much of its gradient shapes the trunk: 1 (joint, the default) to 0 (the head only listens)
+    :param qa_net_arch: widths of the head's own layers; [32] by default
+    :param qa_encoder: how the head's rows are made from questions: "index" (the default: each instance has its own), "text" (from its
+        words, by a small network that learns with the agent), "sentence" (by a pretrained model of sentences, frozen, and a learnt
         projection), or a callable of your own from a list of texts to a tensor (n_texts, width), in place of that model
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
-        drawn at random, where there are more; with a rollout buffer
+        drawn at random, where there are more than that, 64 by default; with a rollout buffer
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -58,25 +76,39 @@ class QAPolicyMixin:
     action_space: spaces.Space[Any]
     observation_space: spaces.Space[Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name.startswith("qa_") and name not in DEFAULTS and not hasattr(QAPolicyMixin, name):
+                raise QAError(
+                    f"class {cls.__qualname__} got {name}, which no policy takes; expected one of {nearest(name, DEFAULTS)}; rename it"
+                )
+
     def __init__(
         self,
         *args: Any,
         questions: QuestionSource | None = None,
-        qa_coef: float = 0.1,
-        qa_trunk_gradient: float = 1.0,
-        qa_net_arch: Sequence[int] = (32,),
-        qa_encoder: str | Callable[[list[str]], Any] = "index",
-        qa_sample: int = 64,
+        qa_coef: float | None = None,
+        qa_trunk_gradient: float | None = None,
+        qa_net_arch: Sequence[int] | None = None,
+        qa_encoder: str | Callable[[list[str]], Any] | None = None,
+        qa_sample: int | None = None,
         action_names: Sequence[str] | None = None,
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if questions is None:
-            questions = getattr(type(self), "questions", None)
+        questions, action_names = self._given("questions", questions), self._given("action_names", action_names)
+        qa_coef, qa_trunk_gradient = (
+            self._given("qa_coef", qa_coef),
+            self._given("qa_trunk_gradient", qa_trunk_gradient),
+        )
+        qa_net_arch, qa_encoder = self._given("qa_net_arch", qa_net_arch), self._given("qa_encoder", qa_encoder)
+        qa_sample, qa_readouts = self._given("qa_sample", qa_sample), self._given("qa_readouts", qa_readouts)
         if questions is None:
             raise QAError(
                 f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...]), or, where "
-                "those are overwritten (as by rl_zoo3's -optimize), name a class of your own: class Mine(QAMlpPolicy): questions = [...]"
+                "those are overwritten (as by rl_zoo3's -optimize), name a policy of sb3_qa.zoo, as sb3_qa.zoo.ppo.MlpPolicy, or a class "
+                "of your own: class Mine(QAMlpPolicy): questions = [...]"
             )
         questions = load_questions(questions)
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
@@ -183,6 +215,14 @@ class QAPolicyMixin:
     def _get_constructor_parameters(self) -> dict[str, Any]:
         lstm = lstm_arguments(self) if is_recurrent(self) else {}
         return {**super()._get_constructor_parameters(), **lstm, **self.qa_kwargs}  # type: ignore[misc]
+
+    def _given(self, name: str, value: Any) -> Any:
+        """An argument, or the attribute of the class in its place, or the default. Not of ``self``: a function would be bound."""
+        return getattr(type(self), name, DEFAULTS[name]) if value is None else value
+
+    def departs(self, name: str) -> bool:
+        """Whether an argument about questions is, or may become, another than the default of these policies."""
+        return hasattr(type(self), name) or self.qa_kwargs[name] != DEFAULTS[name]
 
     def _checked_names(self, names: list[str] | None) -> list[str] | None:
         n = getattr(self.action_space, "n", None)

@@ -18,6 +18,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_qa.errors import QAError
 from sb3_qa.evaluation import AnswerRecord
+from sb3_qa.extras import need
 from sb3_qa.study.arms import ARMS, plain_agent, train_arm
 from sb3_qa.study.knowledge import Knowledge, probes
 from sb3_qa.study.measure import (
@@ -205,12 +206,7 @@ def _in_processes(cells: Sequence[Cell], models: str, workers: int) -> Iterator[
 
 
 def _on_ray(cells: Sequence[Cell], models: str, address: str) -> Iterator[tuple[Cell, Result]]:
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise QAError(
-            "the study got ray=..., and Ray is not installed; expected it; pip install 'sb3-qa[study]'"
-        ) from error
+    ray = need("ray", "study", "the study, with ray=...,")
     if not ray.is_initialized():
         ray.init(address=address)
     remote: Any = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=False)(run_cell)

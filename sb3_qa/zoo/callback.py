@@ -6,7 +6,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_qa import callbacks
 from sb3_qa.callbacks.joint import eval_callbacks
+from sb3_qa.errors import QAError
+from sb3_qa.zoo.overwritten import overwritten
 from sb3_qa.zoo.seat import unseat
+from sb3_qa.zoo.tuned import Kept
 
 __all__ = ["QACallback"]
 
@@ -16,6 +19,17 @@ class QACallback(callbacks.QACallback):
 
     In the environment that is trained in, and in those of sibling callbacks. Its arguments are the same.
     """
+
+    def _init_callback(self) -> None:
+        kind = type(self._policy)
+        if not issubclass(kind, Kept):
+            lost = [name for name, value in overwritten().items() if getattr(kind, name, None) != value]
+            if lost:
+                raise QAError(
+                    f"rl_zoo3 has overwritten policy_kwargs, and so {kind.__qualname__} got no {', '.join(lost)} of the hyperparameters; "
+                    "expected them; name a policy of sb3_qa.zoo, as sb3_qa.zoo.ppo.MlpPolicy, or give the class these as attributes"
+                )
+        super()._init_callback()
 
     def _on_training_start(self) -> None:
         model = self.model

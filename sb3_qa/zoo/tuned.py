@@ -1,17 +1,16 @@
-"""rl_zoo3's tuned hyperparameters, with a question about the end of the episode for every environment."""
+"""rl_zoo3's tuned hyperparameters, with a question about the end of the episode for every environment, and its policies."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_qa.errors import QAError
+from sb3_qa.extras import need
 from sb3_qa.policies import qa_policy, stock_policies
+from sb3_qa.zoo.overwritten import overwritten
 
 __all__ = ["QUESTIONS", "policies", "tuned"]
 
@@ -28,8 +27,15 @@ QUESTIONS = [
 CALLBACK = "sb3_qa.zoo.QACallback"
 
 
+class Kept:
+    """Mixin: takes what ``policy_kwargs`` say of questions where rl_zoo3 overwrites them, see :func:`overwritten`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**overwritten(), **kwargs})
+
+
 def policies(algorithm: type[BaseAlgorithm], module: str) -> dict[str, type[BasePolicy]]:
-    """An algorithm's policies, by its names for them, with questions of their own, which ``-optimize`` cannot overwrite.
+    """An algorithm's policies, by its names for them, with a question of their own where none are given.
 
     :param module: where they are to be found again, by pickle
     """
@@ -38,7 +44,7 @@ def policies(algorithm: type[BaseAlgorithm], module: str) -> dict[str, type[Base
         base = qa_policy(stock)
         namespace = {"__module__": module, "__qualname__": name, "__doc__": stock.__doc__, "questions": QUESTIONS}
         metaclass: Any = type(base)
-        made[name] = metaclass(base.__name__, (base,), namespace)  # algorithms ask for their policies by that name
+        made[name] = metaclass(base.__name__, (Kept, base), namespace)  # algorithms ask for their policies by that name
     return made
 
 
@@ -48,10 +54,8 @@ def tuned(algorithm: type[BaseAlgorithm], file: str, module: str) -> dict[str, d
     :param file: name of rl_zoo3's file, without its ending
     :raises QAError: when rl_zoo3 is not installed
     """
-    if importlib.util.find_spec("rl_zoo3") is None:
-        raise QAError(f"{module} needs rl_zoo3, which is not installed; expected it; pip install 'sb3-qa[zoo]'")
-    folder = Path(str(importlib.import_module("rl_zoo3").__file__)).parent / "hyperparams"
-    entries = importlib.import_module("yaml").safe_load((folder / f"{file}.yml").read_text(encoding="utf-8"))
+    folder = Path(str(need("rl_zoo3", "zoo", module).__file__)).parent / "hyperparams"
+    entries = need("yaml", "zoo", module).safe_load((folder / f"{file}.yml").read_text(encoding="utf-8"))
     return {name: _with_questions(entry, algorithm, module) for name, entry in entries.items()}
 
 
