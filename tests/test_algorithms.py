@@ -162,23 +162,30 @@ def test_learns_and_answers_and_leaves_the_agent_alone_when_off(
     np.testing.assert_array_equal(frozen.ask("low[k=4]", obs, action).probability, asked[0])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("seen", ["vector", "image", "dict"])
 @pytest.mark.parametrize("algorithm", ALL)
-def test_goes_on_after_loading_as_if_it_had_never_stopped(algorithm: type) -> None:
-    first = taught(algorithm)
-    first.learn(160, callback=QACallback())
+def test_goes_on_after_loading_as_if_it_had_never_stopped(algorithm: type, seen: str, shared: bool) -> None:
+    if algorithm in VALUE_BASED and not shared:
+        pytest.skip("has one extractor")
+    if alias(algorithm, seen) not in algorithm.policy_aliases:  # type: ignore[attr-defined]
+        pytest.skip("has no such policy")
+    steps = 160 if seen == "vector" or algorithm in VALUE_BASED else 64
+    first = taught(algorithm, seen, network(algorithm, seen, shared))
+    first.learn(steps, callback=QACallback())
     file = io.BytesIO()
     first.save(file)
-    second = algorithm.load(io.BytesIO(file.getvalue()), env=environment(algorithm))  # type: ignore[attr-defined]
+    second = algorithm.load(io.BytesIO(file.getvalue()), env=environment(algorithm, seen))  # type: ignore[attr-defined]
     if isinstance(first, OffPolicyAlgorithm):
         buffer = io.BytesIO()
         first.save_replay_buffer(buffer)
         second.load_replay_buffer(io.BytesIO(buffer.getvalue()))
     for model in (first, second):
-        env = environment(algorithm)
+        env = environment(algorithm, seen)
         model.set_env(env)
         set_random_seed(7)
         env.action_space.seed(7)
-        model.learn(160, reset_num_timesteps=False, callback=QACallback())
+        model.learn(steps, reset_num_timesteps=False, callback=QACallback())
     weights = second.policy.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in first.policy.state_dict().items())
 
@@ -286,6 +293,9 @@ def test_networks_of_sac(net: dict[str, Any]) -> None:
 def test_agents_without_a_gradient_are_refused() -> None:
     with pytest.raises(QAError, match="no gradient"):
         qa_policy(ARS)
+    for name in ("QAMlpPolicy", "QALinearPolicy"):
+        with pytest.raises(QAError, match="use PPO or SAC"):
+            ARS(name, Drift(), policy_kwargs=dict(questions=QUESTIONS))
 
 
 def test_policies_are_known_by_name_once_the_package_is_imported() -> None:
