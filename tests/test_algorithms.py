@@ -14,8 +14,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.maskable.evaluation import evaluate_policy as maskable_evaluation
+from sb3_contrib.common.maskable.utils import get_action_masks
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
@@ -229,6 +233,45 @@ def test_maskable_agents_never_sample_what_would_be_vetoed(threshold: float) -> 
     state.reset()
     assert np.stack(state.env_method("action_masks")).shape == (2, 2)
     assert np.stack(state.env_method("action_masks")).all()
+
+
+class Forbidding(gym.Wrapper[Any, Any, Any, Any]):
+    """Three actions, of which one is forbidden, another in every step; which it is must never be executed."""
+
+    def __init__(self) -> None:
+        super().__init__(Drift("vector", False, time_limit=10))
+        self.action_space = spaces.Discrete(3)
+
+    def forbidden(self) -> int:
+        return int(self.env.unwrapped.t) % 3
+
+    def step(self, action: Any) -> Any:
+        assert action != self.forbidden()
+        return self.env.step(int(action > 1))
+
+
+def possible(env: Any) -> np.ndarray[Any, Any]:
+    return np.arange(3) != env.get_wrapper_attr("forbidden")()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_masks_of_the_veto_and_of_the_environment_together(threshold: float) -> None:
+    """By sb3-contrib's own ActionMasker, evaluation and all: neither the agent nor a veto executes what is forbidden."""
+    env = DummyVecEnv([lambda: ActionMasker(Monitor(Forbidding()), possible) for _ in range(2)])
+    env = VecVetoAction(VecAnswerQuestions(env), "low[k=4]", threshold)
+    model = make(MaskablePPO, "QAMlpPolicy", env, {**network(MaskablePPO, "vector", True), "questions": QUESTIONS})
+    model.learn(96, callback=QACallback())
+    obs = env.reset()
+    for _ in range(25):
+        own = np.stack(env.venv.env_method("action_masks"))
+        masks = get_action_masks(env)
+        assert masks.any(axis=1).all() and not (masks & ~own).any()
+        if threshold == 1.0:
+            np.testing.assert_array_equal(masks, own)
+        action, _ = model.predict(obs, action_masks=masks)
+        obs, _, _, infos = env.step(action)
+        assert not any(info["qa/vetoed"] for info in infos)
+    maskable_evaluation(model, env, n_eval_episodes=2)
 
 
 @pytest.mark.parametrize("algorithm", [DQN, SAC])
