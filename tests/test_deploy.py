@@ -149,7 +149,7 @@ CASES = {
     "PPO, words": dict(qa_encoder="text"),
     "PPO, a box of actions": dict(action_space=BOX, options=dict(use_sde=True)),
     "PPO, layers of questions": dict(qa_net_arch=[8, 8], share_features_extractor=False),
-    "A2C": dict(algorithm=A2C, action_space=UNEVEN, qa_net_arch=[]),
+    "A2C": dict(algorithm=A2C, action_space=UNEVEN),
     "DQN": dict(algorithm=DQN),
     "DQN, images": dict(algorithm=DQN, observation_space=PICTURES, base="CnnPolicy"),
     "SAC, which reads its critics": dict(algorithm=SAC, action_space=UNEVEN),
