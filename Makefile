@@ -24,7 +24,7 @@ test: $(VENV)/.installed
 # Weights & Biases, and imitation, which asks for older versions of Gymnasium and SB3 than it works with here.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,study,browser,zoo,torchrl,wandb]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gym-microrts==0.4.3 imitation
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gym-microrts==0.4.3 imitation==1.0.1
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 	$(BIN)/python -m pytest tests/test_study_tasks.py tests/test_torchrl.py tests/test_reward_fn.py $(ARGS)
 

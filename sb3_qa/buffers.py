@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer, RolloutBuffer
 
 from sb3_qa.errors import QAError
 from sb3_qa.hindsight import VirtualGoals
@@ -20,13 +20,21 @@ __all__ = ["as_seen", "flatten_rows", "label_rows", "still_holds", "stop_labelli
 
 
 def label_rows(buffer: BaseBuffer, joint: JointTraining) -> None:
-    """From now on, tell ``joint`` the rows of each minibatch. The buffer stays the object it is."""
+    """From now on, tell ``joint`` the rows of each minibatch. The buffer stays the object it is.
+
+    :raises QAError: for one that is built otherwise than SB3's
+    """
     stop_labelling(buffer)
+    if not isinstance(buffer, (RolloutBuffer, ReplayBuffer)) or not isinstance(buffer.actions, np.ndarray):
+        raise QAError(
+            f"QACallback got a {type(buffer).__name__}; expected a buffer that keeps actions in an array self.actions and takes them by "
+            "(position, environment), as labels belong to places; derive its class from SB3's ReplayBuffer or DictReplayBuffer"
+        )
     if isinstance(buffer, RolloutBuffer):
         buffer.__class__ = _labelled_rollouts(type(buffer), joint)
     else:
-        buffer.__class__ = _labelled_replays(type(buffer), joint)
-        buffer.actions = buffer.actions.view(_Watched)  # type: ignore[attr-defined]
+        buffer.__class__ = _labelled_replays(type(buffer), joint)  # type: ignore[assignment]
+        buffer.actions = buffer.actions.view(_Watched)
 
 
 def stop_labelling(buffer: BaseBuffer) -> None:

@@ -14,8 +14,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.maskable.evaluation import evaluate_policy as maskable_evaluation
+from sb3_contrib.common.maskable.utils import get_action_masks
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
@@ -162,23 +166,30 @@ def test_learns_and_answers_and_leaves_the_agent_alone_when_off(
     np.testing.assert_array_equal(frozen.ask("low[k=4]", obs, action).probability, asked[0])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("seen", ["vector", "image", "dict"])
 @pytest.mark.parametrize("algorithm", ALL)
-def test_goes_on_after_loading_as_if_it_had_never_stopped(algorithm: type) -> None:
-    first = taught(algorithm)
-    first.learn(160, callback=QACallback())
+def test_goes_on_after_loading_as_if_it_had_never_stopped(algorithm: type, seen: str, shared: bool) -> None:
+    if algorithm in VALUE_BASED and not shared:
+        pytest.skip("has one extractor")
+    if alias(algorithm, seen) not in algorithm.policy_aliases:  # type: ignore[attr-defined]
+        pytest.skip("has no such policy")
+    steps = 160 if seen == "vector" or algorithm in VALUE_BASED else 64
+    first = taught(algorithm, seen, network(algorithm, seen, shared))
+    first.learn(steps, callback=QACallback())
     file = io.BytesIO()
     first.save(file)
-    second = algorithm.load(io.BytesIO(file.getvalue()), env=environment(algorithm))  # type: ignore[attr-defined]
+    second = algorithm.load(io.BytesIO(file.getvalue()), env=environment(algorithm, seen))  # type: ignore[attr-defined]
     if isinstance(first, OffPolicyAlgorithm):
         buffer = io.BytesIO()
         first.save_replay_buffer(buffer)
         second.load_replay_buffer(io.BytesIO(buffer.getvalue()))
     for model in (first, second):
-        env = environment(algorithm)
+        env = environment(algorithm, seen)
         model.set_env(env)
         set_random_seed(7)
         env.action_space.seed(7)
-        model.learn(160, reset_num_timesteps=False, callback=QACallback())
+        model.learn(steps, reset_num_timesteps=False, callback=QACallback())
     weights = second.policy.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in first.policy.state_dict().items())
 
@@ -229,6 +240,45 @@ def test_maskable_agents_never_sample_what_would_be_vetoed(threshold: float) -> 
     state.reset()
     assert np.stack(state.env_method("action_masks")).shape == (2, 2)
     assert np.stack(state.env_method("action_masks")).all()
+
+
+class Forbidding(gym.Wrapper[Any, Any, Any, Any]):
+    """Three actions, of which one is forbidden, another in every step; which it is must never be executed."""
+
+    def __init__(self) -> None:
+        super().__init__(Drift("vector", False, time_limit=10))
+        self.action_space = spaces.Discrete(3)
+
+    def forbidden(self) -> int:
+        return int(self.env.unwrapped.t) % 3
+
+    def step(self, action: Any) -> Any:
+        assert action != self.forbidden()
+        return self.env.step(int(action > 1))
+
+
+def possible(env: Any) -> np.ndarray[Any, Any]:
+    return np.arange(3) != env.get_wrapper_attr("forbidden")()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_masks_of_the_veto_and_of_the_environment_together(threshold: float) -> None:
+    """By sb3-contrib's own ActionMasker, evaluation and all: neither the agent nor a veto executes what is forbidden."""
+    env = DummyVecEnv([lambda: ActionMasker(Monitor(Forbidding()), possible) for _ in range(2)])
+    env = VecVetoAction(VecAnswerQuestions(env), "low[k=4]", threshold)
+    model = make(MaskablePPO, "QAMlpPolicy", env, {**network(MaskablePPO, "vector", True), "questions": QUESTIONS})
+    model.learn(96, callback=QACallback())
+    obs = env.reset()
+    for _ in range(25):
+        own = np.stack(env.venv.env_method("action_masks"))
+        masks = get_action_masks(env)
+        assert masks.any(axis=1).all() and not (masks & ~own).any()
+        if threshold == 1.0:
+            np.testing.assert_array_equal(masks, own)
+        action, _ = model.predict(obs, action_masks=masks)
+        obs, _, _, infos = env.step(action)
+        assert not any(info["qa/vetoed"] for info in infos)
+    maskable_evaluation(model, env, n_eval_episodes=2)
 
 
 @pytest.mark.parametrize("algorithm", [DQN, SAC])
@@ -286,6 +336,9 @@ def test_networks_of_sac(net: dict[str, Any]) -> None:
 def test_agents_without_a_gradient_are_refused() -> None:
     with pytest.raises(QAError, match="no gradient"):
         qa_policy(ARS)
+    for name in ("QAMlpPolicy", "QALinearPolicy"):
+        with pytest.raises(QAError, match="use PPO or SAC"):
+            ARS(name, Drift(), policy_kwargs=dict(questions=QUESTIONS))
 
 
 def test_policies_are_known_by_name_once_the_package_is_imported() -> None:

@@ -149,7 +149,7 @@ CASES = {
     "PPO, words": dict(qa_encoder="text"),
     "PPO, a box of actions": dict(action_space=BOX, options=dict(use_sde=True)),
     "PPO, layers of questions": dict(qa_net_arch=[8, 8], share_features_extractor=False),
-    "A2C": dict(algorithm=A2C, action_space=UNEVEN, qa_net_arch=[]),
+    "A2C": dict(algorithm=A2C, action_space=UNEVEN),
     "DQN": dict(algorithm=DQN),
     "DQN, images": dict(algorithm=DQN, observation_space=PICTURES, base="CnnPolicy"),
     "SAC, which reads its critics": dict(algorithm=SAC, action_space=UNEVEN),
@@ -170,8 +170,11 @@ if find_spec("sb3_contrib"):
     }
 
 
+SLOW = ("PPO, layers of questions", "DQN, images", "SAC, images", "SAC, words")  # combinations of what others show
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_files_answer_as_the_answerer_does(tmp_path: Path, name: str) -> None:
     qa = answerer(**CASES[name])
     about, *ways = both(qa, tmp_path)
@@ -207,7 +210,9 @@ def test_files_answer_as_the_answerer_does(tmp_path: Path, name: str) -> None:
         {"enable_critic_lstm": False, "shared_lstm": True},
         {"n_lstm_layers": 2, "action_space": BOX},
         {"base": "MultiInputLstmPolicy", "observation_space": BOTH},
-        {"base": "CnnLstmPolicy", "observation_space": PICTURES, "qa_encoder": "text"},
+        pytest.param(
+            {"base": "CnnLstmPolicy", "observation_space": PICTURES, "qa_encoder": "text"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["two", "of the actor", "shared", "layers, a box of actions", "dictionaries", "images, words"],
 )

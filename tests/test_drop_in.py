@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,6 +407,32 @@ def test_on_another_device_the_gradient_is_worked_out_there() -> None:
     head.n_updates = torch.zeros(())
     head.follow()
     assert head.average.is_meta
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "A2C", "DQN", "QRDQN", "TD3", "SAC"])
+def test_on_another_device_it_learns_the_same(algorithm: str) -> None:
+    """In a process of its own, as torch is told of a device that is none; see other_device.py."""
+    command = [sys.executable, str(Path(__file__).with_name("other_device.py")), algorithm]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert float(told.stdout.split()[-1]) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_on_cuda_it_learns_answers_and_goes_on(algorithm: Any, tmp_path: Path) -> None:
+    model = taught(algorithm, device="cuda").learn(64, callback=QACallback())
+    assert model.policy.qa_head.flat.is_cuda
+    obs = model.get_env().reset()
+    asked = QuestionAnswerer.from_model(model).ask("is_low", obs).probability
+    QuestionAnswerer.from_model(model).save(tmp_path / "a.qa")
+    here = QuestionAnswerer.load(tmp_path / "a.qa").ask("is_low", obs).probability
+    np.testing.assert_allclose(here, asked, atol=1e-4)
+    model.save(tmp_path / "model.zip")
+    for device in ("cpu", "cuda"):
+        algorithm.load(tmp_path / "model.zip", env=environment(algorithm), device=device).learn(
+            64, callback=QACallback()
+        )
 
 
 def test_drawing_actions_leaves_the_stream_of_the_device_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

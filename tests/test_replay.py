@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN, SAC, HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qa import Choice, Number, QAError, Question
@@ -354,6 +354,25 @@ def test_a_buffer_that_hides_its_rows_is_refused() -> None:
     )
     with pytest.raises(QAError, match="self.actions"):
         model.learn(50, callback=QACallback())
+
+
+def test_a_buffer_built_otherwise_is_refused_by_name() -> None:
+    class Rows(BaseBuffer):
+        optimize_memory_usage = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, n_envs=kwargs["n_envs"])
+
+        def add(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("nothing may be learnt")
+
+        def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("nothing may be learnt")
+
+    env = DummyVecEnv([Bell])
+    kwargs: Any = dict(replay_buffer_class=Rows, policy_kwargs=dict(questions=QUESTIONS))
+    with pytest.raises(QAError, match="got a Rows; .*ReplayBuffer"):
+        DQN(qa_policy(DQN), env, **kwargs).learn(10, callback=QACallback())
 
 
 def test_what_could_never_be_learnt_is_refused() -> None:

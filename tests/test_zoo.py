@@ -321,6 +321,8 @@ def test_what_the_zoo_overwrites_is_kept(way, tmp_path: Path, capsys) -> None:
         assert [question.name for question in kept.policy.qa_head.catalogue.questions] == ["fall", "angle"]
         assert kept.policy.qa_kwargs["qa_coef"] == 0.7 and kept.policy.net_arch == [8]
     assert "Loading" not in capsys.readouterr().out
+    QuestionAnswerer.from_model(model).save(tmp_path / "driver.qa")
+    assert QuestionAnswerer.load(tmp_path / "driver.qa").questions == ["fall[k=1]", "fall[k=5]", "angle"]
     plain = ExperimentManager().make(policy)
     assert [question.name for question in plain.policy.qa_head.catalogue.questions] == ["end"]
     assert plain.policy.qa_kwargs["qa_coef"] == 0.1

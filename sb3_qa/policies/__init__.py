@@ -127,8 +127,24 @@ def stock_policies(algorithm: type[BaseAlgorithm]) -> dict[str, type[BasePolicy]
     return {name: policy for name, policy in algorithm.policy_aliases.items() if not issubclass(policy, QAPolicyMixin)}
 
 
+def _refused(policy_class: type[BasePolicy]) -> type[BasePolicy]:
+    """What stands for a policy that cannot be taught: to be made, it says why."""
+
+    class Refused(policy_class):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _refuse(policy_class)
+
+    return Refused
+
+
 def _add_aliases() -> None:
     """Let algorithms take "QAMlpPolicy", "QACnnPolicy" and "QAMultiInputPolicy" by name."""
+    try:
+        from sb3_contrib import ARS
+    except ImportError:
+        pass
+    else:
+        ARS.policy_aliases = {**ARS.policy_aliases, **{f"QA{n}": _refused(p) for n, p in ARS.policy_aliases.items()}}
     for algorithm in algorithms():
         mine = {f"QA{name}": qa_policy(policy) for name, policy in stock_policies(algorithm).items()}
         algorithm.policy_aliases = {**algorithm.policy_aliases, **mine}

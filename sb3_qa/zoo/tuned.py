@@ -9,7 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_qa.extras import need
-from sb3_qa.policies import qa_policy, stock_policies
+from sb3_qa.policies import QAPolicyMixin, qa_policy, stock_policies
 from sb3_qa.zoo.overwritten import overwritten
 
 __all__ = ["QUESTIONS", "policies", "tuned"]
@@ -27,8 +27,8 @@ QUESTIONS = [
 CALLBACK = "sb3_qa.zoo.QACallback"
 
 
-class Kept:
-    """Mixin: takes what ``policy_kwargs`` say of questions where rl_zoo3 overwrites them, see :func:`overwritten`."""
+class Kept(QAPolicyMixin):
+    """Takes what ``policy_kwargs`` say of questions where rl_zoo3 overwrites them, see :func:`overwritten`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**overwritten(), **kwargs})
