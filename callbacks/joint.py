@@ -138,6 +138,7 @@ class QACallback(BaseCallback):
         if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
         joint.reads_critics = self._policy.qa_critics is not None
+        joint.learnt = None
         joint.n_passes = 0  # so that training goes on after loading as it would have without
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
@@ -197,9 +198,11 @@ class QACallback(BaseCallback):
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint
         if isinstance(self._recorder, Replay):
-            self._recorder.finish()
-        stop_labelling(self._buffer)
-        joint.store, joint.remember, joint.learnt = None, None, still_holds(self._buffer)
+            self._recorder.finish()  # and whoever calls train() by hand goes on learning from the same transitions
+        else:
+            stop_labelling(self._buffer)
+            joint.store, joint.remember = None, None
+        joint.learnt = still_holds(self._buffer)
         self._recorder = None
 
 

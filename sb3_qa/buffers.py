@@ -83,10 +83,11 @@ class _Watched(np.ndarray[Any, Any]):
     """
 
     def __array_finalize__(self, obj: Any) -> None:
-        self.taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+        self.taken: list[tuple[NDArray[np.intp], NDArray[np.intp]]] | None = None
+        """Places, while a minibatch is sampled."""
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, tuple) and len(index) > 1 and isinstance(index[0], np.ndarray):
+        if self.taken is not None and isinstance(index, tuple) and len(index) > 1 and isinstance(index[0], np.ndarray):
             self.taken.append(index[:2])
         return self.view(np.ndarray)[index]
 
@@ -96,11 +97,14 @@ def _labelled_replays(base: type[BaseBuffer], joint: JointTraining) -> type[Base
         labelled_base = base
 
         def sample(self, *args: Any, **kwargs: Any) -> Any:
-            self.actions.taken.clear()
+            taken = self.actions.taken = []
             self._n_virtual = 0
             self._virtual_goals: list[VirtualGoals] = []
-            samples = super().sample(*args, **kwargs)
-            rows = _rows_of(self.actions.taken, self.n_envs)
+            try:
+                samples = super().sample(*args, **kwargs)
+            finally:
+                self.actions.taken = None
+            rows = _rows_of(taken, self.n_envs)
             if len(rows) != len(samples.actions):
                 raise QAError(
                     f"{base.__name__} handed out {len(samples.actions)} transitions but took actions from {len(rows)} places; expected "

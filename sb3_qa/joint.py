@@ -120,7 +120,8 @@ class JointTraining:
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
         self.learnt: Callable[[], bool] | None = None
-        """Whether the buffer still holds just what the last ``learn()`` had labels for, once that has ended."""
+        """Whether the buffer still holds just what the last ``learn()`` had labels for, once that has ended; None before and
+        while it goes on."""
         self.max_grad_norm: float | None = None
         self.critic_only: str | None = None
         """The readout whose passes alone questions can join, see :data:`sb3_qa.taps.CRITIC_ONLY`."""
@@ -149,7 +150,7 @@ class JointTraining:
 
         :param real: which places of the batch hold them, in order, where the others are padding
         """
-        if self.store is not None and self.coef:
+        if self.store is not None and self.coef and (self.learnt is None or self.learnt()):
             self._pending = rows
             self._real = real
             self.observations = observations if self.critic_only or self.reads_critics else None

@@ -336,7 +336,9 @@ def test_rows_are_those_that_were_handed_out(
     assert len(handed) > 20
     virtual = ~np.concatenate(handed)
     assert virtual.any() == (buffer_class is HerReplayBuffer)  # other goals have other truths
-    assert type(model.replay_buffer) is buffer_class and type(model.replay_buffer.actions) is np.ndarray
+    copy = pickle.loads(pickle.dumps(model.replay_buffer))
+    assert type(copy) is buffer_class and type(copy.actions) is np.ndarray
+    assert isinstance(model.replay_buffer, buffer_class) and model.replay_buffer.actions.taken is None
     assert int(model.policy.qa_head.n_updates) > 0
 
 

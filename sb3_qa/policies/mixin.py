@@ -312,7 +312,7 @@ def _tapped_critic(
 
 def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     joint: JointTraining = policy.qa_joint
-    if joint.store is None and not (joint.learnt is not None and joint.learnt()):
+    if joint.store is None if joint.learnt is None else not joint.learnt():
         raise QAError(
             "a policy with questions is being trained without a QACallback, so they would never be learnt; expected one in "
             "learn(); write model.learn(..., callback=QACallback()), beside other callbacks in a list, not inside one of them"
