@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,24 @@ def same(a: list[tuple[Any, ...]], b: list[tuple[Any, ...]]) -> bool:
 def test_environment_keeps_to_the_interfaces() -> None:
     check_env(MicroRTS())
     check_gym_env(MicroRTS(), skip_render_check=True)
+
+
+@needs_the_game
+def test_java_survives_pygame() -> None:
+    """Imported after Java's start it would take from the handler of signals what Java's needs to know."""
+    flags = 4  # SA_SIGINFO
+    code = f"""
+import ctypes
+from sb3_qa.study.microrts import MicroRTS
+MicroRTS()
+import pygame
+told = (ctypes.c_ulong * 32)()
+ctypes.CDLL(None).sigaction(11, None, told)
+assert told[17] & {flags}, list(told)
+"""
+    pytest.importorskip("pygame")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_the_game

@@ -72,6 +72,17 @@ def test_a_plain_agent_is_kept_for_the_arms_that_begin_with_it(task: Task, tmp_p
     assert [each.stat().st_mtime_ns for each in tmp_path.iterdir()] == [before]
 
 
+def test_a_probe_leaves_actor_and_critics_of_an_off_policy_agent_alone() -> None:
+    pytest.importorskip("mujoco")
+    sac = load_task("hopper_sac").quickly()
+    sac = Task(**{**vars(sac), "timesteps": 160, "hyperparameters": {**sac.hyperparameters, "gradient_steps": 1}})
+    before, after = train_arm(sac, "plain", 0), train_arm(sac, "probe", 0)
+    weights = {name: value for name, value in state(before).items() if "target" not in name}
+    assert not moved(weights, state(after))
+    head = after.model.policy.qa_head.flat
+    assert head.grad is not None and float(head.grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize("arm", ["joint", "finetune", "anchored"])
 def test_arms_that_shape_the_trunk_have_another_agent(task: Task, plain: Trained, arm: str) -> None:
     assert moved(state(plain), state(train_arm(task, arm, 0)))

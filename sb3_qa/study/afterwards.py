@@ -96,4 +96,9 @@ def anchor(policy: Any, coef: float) -> None:
 def freeze(policy: Any) -> None:
     """Let nothing but the head of a policy with questions learn."""
     for parameter in policy.parameters():
-        parameter.requires_grad_(False)
+        if hasattr(
+            policy, "critic_target"
+        ):  # the losses of SAC and its like come to their backward pass by what they train alone
+            parameter.register_hook(torch.zeros_like)
+        else:
+            parameter.requires_grad_(False)

@@ -10,8 +10,10 @@ a *decision* is the order for one idle unit: the game runs on until a unit of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -67,6 +69,7 @@ def _java(name: str) -> Any:
 
     with _starting:
         if not jpype.isJVMStarted():
+            _import_pygame()
             jars = sorted(check_installed().glob("*.jar"), key=lambda jar: (jar.name != "microrts.jar", jar.name))
             jpype.startJVM(  # the game's own jar first: those of its players carry older classes of the same names
                 "-Xmx512m",
@@ -76,6 +79,15 @@ def _java(name: str) -> Any:
                 convertStrings=False,
             )
     return jpype.JClass(name)
+
+
+def _import_pygame() -> None:
+    """Where it is installed, before Java starts: on import it puts the handlers of signals back without the arguments that Java's
+    need (by ``signal`` in place of ``sigaction``), and Java dies of the first null pointer that it could have handled.
+    """
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pygame")
 
 
 def _player_in(game: Any, player: Any) -> Any:

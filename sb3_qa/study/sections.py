@@ -42,7 +42,7 @@ def _cells(results: Sequence[Result], task: str | None, arms: Sequence[str], of:
 def _play(results: Sequence[Result]) -> str:
     rows = []
     for task in tasks_in(results):
-        for name, digits in (("return", 1), ("catastrophes", 3)):
+        for name, digits in (("return", 2), ("catastrophes", 3)):
             rows.append([task, name, *_cells(results, task, ACTING, partial(played, name=name), digits)])
         rows.append([task, "steps", *(_learnt(results, task, arm) for arm in ACTING)])
     return (
@@ -114,7 +114,7 @@ def _vetoes(results: Sequence[Result]) -> str:
         for task in tasks
         for at in AT
     ]
-    columns = [("veto", "averted", 2), ("veto", "lost", 1), ("random", "averted", 2), ("random", "lost", 1)]
+    columns = [("veto", "averted", 2), ("veto", "lost", 2), ("random", "averted", 2), ("random", "lost", 2)]
     columns += [("veto", "veto_rate", 3), ("veto", "disrupted", 2)]
     every = [
         [
@@ -144,7 +144,7 @@ def _vetoes(results: Sequence[Result]) -> str:
 
 
 def _controls(results: Sequence[Result]) -> str:
-    names = [("return", 1), ("catastrophes", 3), ("averted", 2), ("lost", 1), ("veto_rate", 3), ("disrupted", 2)]
+    names = [("return", 2), ("catastrophes", 3), ("averted", 2), ("lost", 2), ("veto_rate", 3), ("disrupted", 2)]
     certified = partial(of_veto, at="certified")
     rows = []
     for task in tasks_in(results):
@@ -172,7 +172,7 @@ def _controls(results: Sequence[Result]) -> str:
 def _rewards(results: Sequence[Result]) -> str:
     returns = partial(played, name="return")
     rows = [
-        [task, *_cells(results, task, ["plain"], returns, 1), *_cells(results, task, ANSWERING, rewarded, 1)]
+        [task, *_cells(results, task, ["plain"], returns, 2), *_cells(results, task, ANSWERING, rewarded, 2)]
         for task in tasks_in(results)
         if collect(results, "joint", rewarded).get(task)
     ]
