@@ -1,5 +1,6 @@
 """The truth of every operator, against its definition read off one episode after another in plain loops."""
 
+import re
 from typing import NamedTuple
 
 import gymnasium
@@ -390,6 +391,11 @@ class TestRecording:
             rows = list(zip(*store.times[target.start], strict=True))
         return {(t, env): rows[env * STEPS + t] for t in range(STEPS) for env in range(ENVS)}
 
+    def may_be_left_out(self, key, future):
+        """Windows that a time limit might have cut, had a termination not come first: else early ends would look frequent."""
+        horizon = int(re.findall(r"\d+", key)[0]) if "[" in key else 4 if key in ("total", "peak", "lowest") else 1
+        return future.terminated and len(future.facts) < horizon
+
     def test_enough_happened(self, recorded):
         told = [step for env in recorded[0] for step in env.told]
         assert sum(step[2] for step in told) >= 5 and sum(step[3] for step in told) >= 5
@@ -426,6 +432,8 @@ class TestRecording:
         for place, (state, future) in self.decisions(recorded[0], lambda facts: facts["flag"]).items():
             truth = definition(state, future)
             known, event = labels[place]
+            if not known and self.may_be_left_out(key, future):
+                continue
             assert (bool(event) if known else UNKNOWN) == truth and (known == 1) == (truth is not UNKNOWN)
 
     @pytest.mark.parametrize(
@@ -441,8 +449,10 @@ class TestRecording:
     )
     def test_values(self, recorded, key, fact, definition):
         options = {"left": 0, "middle": 1, "right": 2}
-        defined = {}
+        labels, defined = self.label(recorded, key), {}
         for place, (state, future) in self.decisions(recorded[0], lambda facts: facts[fact]).items():
             value = definition(state, future)
+            if np.isnan(labels[place]) and self.may_be_left_out(key, future):
+                value = UNKNOWN
             defined[place] = options.get(value, value) if isinstance(value, str) else value
-        same(self.label(recorded, key), defined)
+        same(labels, defined)
