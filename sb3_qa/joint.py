@@ -150,11 +150,16 @@ class JointTraining:
 
         :param real: which places of the batch hold them, in order, where the others are padding
         """
-        if self.store is not None and self.coef and (self.learnt is None or self.learnt()):
+        if self.store is not None and self.coef and self.taught:
             self._pending = rows
             self._real = real
             self.observations = observations if self.critic_only or self.reads_critics else None
             self.owed = None
+
+    @property
+    def taught(self) -> bool:
+        """Whether what the buffer holds has labels, or was what the last ``learn()`` had labels for."""
+        return self.store is not None if self.learnt is None else self.learnt()
 
     @property
     def waiting(self) -> bool:

@@ -313,7 +313,7 @@ class TestHead:
 
 
 class TestEncoders:
-    @pytest.mark.parametrize("encoder", ["words", 3])
+    @pytest.mark.parametrize("encoder", ["words", 3, None])
     def test_unknown_ones_are_refused(self, encoder: Any) -> None:
         with pytest.raises(QAError, match="expected 'index', 'text', 'sentence', or a callable"):
             make_model(qa_encoder=encoder)

@@ -1,6 +1,5 @@
 """The truth of every operator, against its definition read off one episode after another in plain loops."""
 
-import re
 from typing import NamedTuple
 
 import gymnasium
@@ -15,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa.callbacks import QACallback
 from sb3_qa.labels import ENDED, event_times, find_cuts, window, window_after, yes_or_no
+from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.policies import qa_policy
 from sb3_qa.questions import Choice, Number, Question
 from sb3_qa.truth import after, always, eventually, lowest, now, peak, steps_until, total
@@ -391,10 +391,14 @@ class TestRecording:
             rows = list(zip(*store.times[target.start], strict=True))
         return {(t, env): rows[env * STEPS + t] for t in range(STEPS) for env in range(ENVS)}
 
-    def may_be_left_out(self, key, future):
-        """Windows that a time limit might have cut, had a termination not come first: else early ends would look frequent."""
-        horizon = int(re.findall(r"\d+", key)[0]) if "[" in key else 4 if key in ("total", "peak", "lowest") else 1
-        return future.terminated and len(future.facts) < horizon
+    def left_out(self, envs, key):
+        """(t, env): windows that a time limit would have cut, had a termination not come first."""
+        horizon = int(key.split("k=")[1][:-1]) if "[" in key else 4 if key in ("total", "peak", "lowest") else 1
+        steps = np.array([[told[2:] for told in env.told if told[0] == "step"][:STEPS] for env in envs], bool)
+        terminated, truncated = steps[..., 0].T, (steps[..., 1] & ~steps[..., 0]).T
+        ages = CutAges(ENVS, np.ones(ENVS, bool))
+        left = np.stack([ages.step(*both) for both in zip(terminated, truncated, strict=True)])
+        return cut_anyway(terminated, truncated, left, horizon)
 
     def test_enough_happened(self, recorded):
         told = [step for env in recorded[0] for step in env.told]
@@ -428,12 +432,10 @@ class TestRecording:
         ],
     )
     def test_yes_or_no(self, recorded, key, definition):
-        labels = self.label(recorded, key)
+        labels, left_out = self.label(recorded, key), self.left_out(recorded[0], key)
         for place, (state, future) in self.decisions(recorded[0], lambda facts: facts["flag"]).items():
-            truth = definition(state, future)
+            truth = UNKNOWN if left_out[place] else definition(state, future)
             known, event = labels[place]
-            if not known and self.may_be_left_out(key, future):
-                continue
             assert (bool(event) if known else UNKNOWN) == truth and (known == 1) == (truth is not UNKNOWN)
 
     @pytest.mark.parametrize(
@@ -449,10 +451,8 @@ class TestRecording:
     )
     def test_values(self, recorded, key, fact, definition):
         options = {"left": 0, "middle": 1, "right": 2}
-        labels, defined = self.label(recorded, key), {}
+        left_out, defined = self.left_out(recorded[0], key), {}
         for place, (state, future) in self.decisions(recorded[0], lambda facts: facts[fact]).items():
-            value = definition(state, future)
-            if np.isnan(labels[place]) and self.may_be_left_out(key, future):
-                value = UNKNOWN
+            value = UNKNOWN if left_out[place] else definition(state, future)
             defined[place] = options.get(value, value) if isinstance(value, str) else value
-        same(labels, defined)
+        same(self.label(recorded, key), defined)

@@ -41,6 +41,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Of the arguments of policies that are about questions."""
 
+UNSAID: Any = object()
+"""Of an argument that is left to the class: None is refused where it says nothing."""
+
 LEARNERS: weakref.WeakSet[Any] = weakref.WeakSet()
 """Policies of models, made or loaded in this process; those of answerers from files are none."""
 
@@ -88,11 +91,11 @@ class QAPolicyMixin:
         self,
         *args: Any,
         questions: QuestionSource | None = None,
-        qa_coef: float | None = None,
-        qa_trunk_gradient: float | None = None,
-        qa_net_arch: Sequence[int] | None = None,
-        qa_encoder: str | Callable[[list[str]], Any] | None = None,
-        qa_sample: int | None = None,
+        qa_coef: float = UNSAID,
+        qa_trunk_gradient: float = UNSAID,
+        qa_net_arch: Sequence[int] = UNSAID,
+        qa_encoder: str | Callable[[list[str]], Any] = UNSAID,
+        qa_sample: int = UNSAID,
         action_names: Sequence[str] | None = None,
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
@@ -218,7 +221,8 @@ class QAPolicyMixin:
 
     def _given(self, name: str, value: Any) -> Any:
         """An argument, or the attribute of the class in its place, or the default. Not of ``self``: a function would be bound."""
-        return getattr(type(self), name, DEFAULTS[name]) if value is None else value
+        unsaid = value is UNSAID or (value is None and DEFAULTS[name] is None)
+        return getattr(type(self), name, DEFAULTS[name]) if unsaid else value
 
     def departs(self, name: str) -> bool:
         """Whether an argument about questions is, or may become, another than the default of these policies."""
@@ -312,7 +316,7 @@ def _tapped_critic(
 
 def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     joint: JointTraining = policy.qa_joint
-    if joint.store is None if joint.learnt is None else not joint.learnt():
+    if not joint.taught:
         raise QAError(
             "a policy with questions is being trained without a QACallback, so they would never be learnt; expected one in "
             "learn(); write model.learn(..., callback=QACallback()), beside other callbacks in a list, not inside one of them"
