@@ -7,6 +7,7 @@ that are given, or on a figure of their own, and no global state of matplotlib i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,6 +19,8 @@ from sb3_qa.extras import need
 from sb3_qa.scores import Reliability
 
 __all__ = ["draw_answers", "new_figure", "plot_numbers", "plot_reliability", "plot_risk", "plot_survival", "write_gif"]
+
+_need = partial(need, extra="demo", what="sb3_qa.figures")
 
 Frame = NDArray[np.uint8]
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by everybody
@@ -32,7 +35,7 @@ def new_figure(
     :param size: width and height in inches
     :param options: of ``Figure.subplots``, e.g. ``width_ratios``
     """
-    figure = need("matplotlib.figure", "demo", "sb3_qa.figures").Figure(figsize=size, layout="constrained", dpi=110)
+    figure = _need("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=110)
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -181,11 +184,7 @@ def draw_answers(
         raise QAError(
             f"draw_answers got a frame of {got}; expected uint8 of shape (height, width, 3); render rgb_array"
         )
-    image, draw_on, fonts = (
-        need("PIL.Image", "demo", "sb3_qa.figures"),
-        need("PIL.ImageDraw", "demo", "sb3_qa.figures"),
-        need("PIL.ImageFont", "demo", "sb3_qa.figures"),
-    )
+    image, draw_on, fonts = _need("PIL.Image"), _need("PIL.ImageDraw"), _need("PIL.ImageFont")
     width = picture.shape[1]
     size = max(11, width // 27)
     font, line = fonts.load_default(size), int(size * 1.5)
@@ -219,7 +218,7 @@ def write_gif(path: str | PathLike[str], frames: Sequence[Frame], fps: float = 1
     """
     if not len(frames):
         raise QAError("write_gif got no frames; expected at least one; record an episode first")
-    image = need("PIL.Image", "demo", "sb3_qa.figures")
+    image = _need("PIL.Image")
     some = [frames[n] for n in np.unique(np.linspace(0, len(frames) - 1, 8).astype(int))]
     palette = image.fromarray(np.concatenate(some)).quantize(colours)
     pictures = [image.fromarray(frame).quantize(palette=palette, dither=image.Dither.NONE) for frame in frames]

@@ -95,10 +95,10 @@ def anchor(policy: Any, coef: float) -> None:
 
 def freeze(policy: Any) -> None:
     """Let nothing but the head of a policy with questions learn."""
+    # The losses of SAC and its like come to their backward pass by what they train alone: its gradients are zero there.
+    by_gradient = hasattr(policy, "critic_target")
     for parameter in policy.parameters():
-        if hasattr(
-            policy, "critic_target"
-        ):  # the losses of SAC and its like come to their backward pass by what they train alone
+        if by_gradient:
             parameter.register_hook(torch.zeros_like)
         else:
             parameter.requires_grad_(False)

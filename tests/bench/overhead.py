@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ QUESTIONS = [
     Question("Will I lean left in 5 steps?", after("leans_left", steps=5), name="lean_soon"),
     Question("Will I move left within 5 steps?", eventually("moves_left", within=5), name="move_soon"),
 ]
+Clock = Callable[[], float]
 HISTORY = Path(__file__).with_name("history.jsonl")
 
 
@@ -82,8 +84,9 @@ class Case(NamedTuple):
     target: float
     policy: str = "MlpPolicy"
     kwargs: dict[str, Any] = {}
+    policy_kwargs: dict[str, Any] = {}
     own: dict[str, Any] = {}
-    """Arguments of the joint policy alone."""
+    """Further ones of the joint policy alone."""
 
 
 CASES = {
@@ -105,21 +108,22 @@ def environment(case: Case) -> VecEnv:
     return make_vec_env(case.env, case.n_envs, seed=0, wrapper_class=wrapped)
 
 
-def plain(case: Case, steps: int) -> float:
+def plain(case: Case, steps: int, clock: Clock = time.perf_counter) -> float:
     """Seconds that the algorithm takes."""
-    model: Any = case.algorithm(case.policy, environment(case), seed=0, **case.kwargs)
-    started = time.perf_counter()
+    model: Any = case.algorithm(case.policy, environment(case), seed=0, policy_kwargs=case.policy_kwargs, **case.kwargs)
+    started = clock()
     model.learn(steps)
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def joint(case: Case, steps: int) -> float:
+def joint(case: Case, steps: int, clock: Clock = time.perf_counter) -> float:
     """Seconds that it takes with the questions."""
     policy, env = qa_policy(case.algorithm, case.policy), VecAnswerQuestions(environment(case))
-    model: Any = case.algorithm(policy, env, seed=0, policy_kwargs=dict(case.own, questions=QUESTIONS), **case.kwargs)
-    started = time.perf_counter()
+    asked = dict(case.policy_kwargs, **case.own, questions=QUESTIONS)
+    model: Any = case.algorithm(policy, env, seed=0, policy_kwargs=asked, **case.kwargs)
+    started = clock()
     model.learn(steps, callback=QACallback())
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +24,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: threads of its pr
 
 import numpy as np
 import torch
-from overhead import CASES, HISTORY, QUESTIONS, environment
+from overhead import CASES, HISTORY, QUESTIONS, environment, joint, plain
 from recorder import Rollout, upright
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_qa import QuestionAnswerer
 from sb3_qa.callbacks import QACallback
+from sb3_qa.figures import new_figure
 from sb3_qa.policies import qa_policy
-from sb3_qa.wrappers import VecAnswerQuestions, VecVetoAction
+from sb3_qa.wrappers import VecVetoAction
 
 WIDTHS = [64, 256, 1024, 4096]
 
@@ -84,10 +86,8 @@ def frozen_answerer() -> Iterator[Row]:
     weights = [
         layer.weight.detach().numpy().T for net in (extractor.policy_net, extractor.value_net) for layer in net[::2]
     ]
-    across, rows = (
-        head.weights(head.flat.detach().numpy()).layers[0][0].T,
-        head.weights(head.flat.detach().numpy()).rows.T,
-    )
+    learnt = head.weights(head.flat.detach().numpy())
+    across, rows = learnt.layers[0][0].T, learnt.rows.T
 
     def products(obs: Any) -> Any:
         latents = np.concatenate([obs @ weights[0] @ weights[1], obs @ weights[2] @ weights[3]], axis=1)
@@ -106,12 +106,16 @@ def _quickest(call: Callable[[], Any], number: int = 200) -> float:
     return min(timeit.repeat(call, timer=time.thread_time, number=number, repeat=40)) / number
 
 
+def sizes(model: Any) -> tuple[int, int]:
+    """Parameters of the agent, and of the head."""
+    own, head = model.policy.parameters(), model.policy.qa_head.parameters()
+    return sum(p.numel() for p in own), sum(p.numel() for p in head)
+
+
 def parameters() -> Iterator[Row]:
     """Those of the head, in percent of the agent's."""
     for policy, target in (("CnnPolicy", 2.0), ("MlpPolicy", 10.0)):
-        model = agent(policy)
-        own = sum(parameter.numel() for parameter in model.policy.parameters())
-        added = sum(parameter.numel() for parameter in model.policy.qa_head.parameters())
+        own, added = sizes(agent(policy))
         yield Row(f"parameters_{policy}", f"% of parameters added to {policy}, by default", 100 * added / own, target)
 
 
@@ -159,23 +163,11 @@ def growth_with_the_trunk(pairs: int, widths: Sequence[int] = WIDTHS) -> list[di
     case = CASES["ppo"]._replace(kwargs=dict(n_steps=32))
     grown = []
     for width in widths:
-        net_arch = dict(net_arch=[width, width])
+        wide = case._replace(policy_kwargs=dict(net_arch=[width, width]))
         steps = 8 * 32 * (8 if width <= 256 else 1)
-
-        def seconds(joint: bool, net_arch: Any = net_arch, steps: int = steps) -> float:
-            policy_kwargs = dict(net_arch, questions=QUESTIONS) if joint else net_arch
-            env = VecAnswerQuestions(environment(case)) if joint else environment(case)
-            policy = qa_policy(PPO) if joint else "MlpPolicy"
-            model = PPO(policy, env, seed=0, policy_kwargs=policy_kwargs, **case.kwargs)
-            started = time.process_time()
-            model.learn(steps, callback=QACallback() if joint else None)
-            return time.process_time() - started
-
-        seconds(True), seconds(False)
-        ratios = [seconds(True) / seconds(False) for _ in range(pairs)]
-        model = agent(**net_arch)
-        own = sum(parameter.numel() for parameter in model.policy.parameters())
-        added = model.policy.qa_head.flat.numel()
+        arms = [partial(arm, wide, steps, time.process_time) for arm in (joint, plain)]
+        ratios = [arms[0]() / arms[1]() for _ in range(1 + pairs)][1:]  # the first is a warm-up
+        own, added = sizes(agent(**wide.policy_kwargs))
         grown.append(dict(width=width, ratio=statistics.median(ratios), own=own, added=added))
         print(
             f"trunk of {width} units: joint / plain {grown[-1]['ratio']:.3f}, {100 * added / own:.1f} % of parameters added",
@@ -186,12 +178,7 @@ def growth_with_the_trunk(pairs: int, widths: Sequence[int] = WIDTHS) -> list[di
 
 def plot(grown: list[dict[str, float]], path: Path) -> None:
     """What questions add, against the width of the trunk."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = new_figure(1, 2, size=(9, 3.6))
     widths = [row["width"] for row in grown]
     panels[0].plot(widths, [row["ratio"] for row in grown], "o-")
     panels[0].axhline(1.0, color="grey", lw=0.8)
@@ -200,7 +187,7 @@ def plot(grown: list[dict[str, float]], path: Path) -> None:
     panels[1].set(xscale="log", yscale="log", ylabel="parameters added, % of the agent's")
     for axis in panels:
         axis.set(xlabel="units of each of two layers")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def main() -> None:

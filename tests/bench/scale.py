@@ -28,6 +28,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_qa import Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
+from sb3_qa.figures import new_figure
 from sb3_qa.policies import qa_policy
 from sb3_qa.truth import after, eventually, table
 from sb3_qa.wrappers import VecAnswerQuestions
@@ -130,12 +131,7 @@ def measure(encoder: str, n: int, rollouts: int) -> dict[str, float]:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Cost against the number of instances."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = new_figure(1, 2, size=(9, 3.6))
     for row in rows:
         panels[0].plot(SIZES, [row["rollout"][str(n)] for n in SIZES], "o-", label=row["encoder"])
         panels[1].plot(
@@ -148,7 +144,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels[1].set(xscale="log", yscale="log", xlabel="instances", ylabel="CPU ms a step of 8 environments")
     for axis in panels:
         axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def main() -> None:
