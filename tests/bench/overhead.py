@@ -110,7 +110,9 @@ def environment(case: Case) -> VecEnv:
 
 def plain(case: Case, steps: int, clock: Clock = time.perf_counter) -> float:
     """Seconds that the algorithm takes."""
-    model: Any = case.algorithm(case.policy, environment(case), seed=0, policy_kwargs=case.policy_kwargs, **case.kwargs)
+    model: Any = case.algorithm(
+        case.policy, environment(case), seed=0, policy_kwargs=dict(case.policy_kwargs), **case.kwargs
+    )
     started = clock()
     model.learn(steps)
     return clock() - started
