@@ -139,7 +139,7 @@ class QACallback(BaseCallback):
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
         joint.reads_critics = self._policy.qa_critics is not None
         joint.learnt = None
-        joint.n_passes = 0  # so that training goes on after loading as it would have without
+        joint.start()
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
             self._recorder = Rollout(model, answerer, self.memory)

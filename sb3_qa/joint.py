@@ -114,9 +114,11 @@ class JointTraining:
     MEASURE_EVERY = 32
     LOG_EVERY = 64
 
-    def __init__(self, coef: float, trunk_gradient: float) -> None:
+    def __init__(self, coef: float, trunk_gradient: float, every: int = 1) -> None:
         self.coef = coef
         self.trunk_gradient = trunk_gradient
+        self.every = every
+        """One minibatch in so many teaches the questions, the first among them."""
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
         self.learnt: Callable[[], bool] | None = None
@@ -132,6 +134,7 @@ class JointTraining:
         self.reads_critics = False
         self.owed: torch.Tensor | None = None
         """The gradient of an actor's latent, when the pass that it belongs to is still to come."""
+        self.n_handed_out = 0
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
         self._pending: NDArray[np.intp] | None = None
@@ -140,21 +143,27 @@ class JointTraining:
         self._measured_norm = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointTraining:
-        return JointTraining(self.coef, self.trunk_gradient)
+        return JointTraining(self.coef, self.trunk_gradient, self.every)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JointTraining, (self.coef, self.trunk_gradient)
+        return JointTraining, (self.coef, self.trunk_gradient, self.every)
+
+    def start(self) -> None:
+        """Count minibatches from the first again, so that training goes on after loading as it would have without."""
+        self.n_handed_out = self.n_passes = 0
 
     def hand_out(self, rows: NDArray[np.intp], observations: Any = None, real: NDArray[np.bool_] | None = None) -> None:
-        """The buffer has just handed out these rows; the next pass with gradients is about them.
+        """The buffer has just handed out these rows; the next pass with gradients is about them, unless :attr:`every` passes it over.
 
         :param real: which places of the batch hold them, in order, where the others are padding
         """
+        self._pending = self.owed = None
         if self.store is not None and self.coef and self.taught:
-            self._pending = rows
-            self._real = real
-            self.observations = observations if self.critic_only or self.reads_critics else None
-            self.owed = None
+            if self.n_handed_out % self.every == 0:
+                self._pending = rows
+                self._real = real
+                self.observations = observations if self.critic_only or self.reads_critics else None
+            self.n_handed_out += 1
 
     @property
     def taught(self) -> bool:

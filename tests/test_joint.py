@@ -211,6 +211,31 @@ def test_trunk_gradient_scales_what_the_trunk_is_sent(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found[0.25]["qa_head.flat"], found[1.0]["qa_head.flat"])
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_one_minibatch_in_so_many_teaches_the_questions(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of each so many, counted through epochs and rollouts."""
+    taught: list[bool] = []
+    model = make_model(n_epochs=2, policy_kwargs=dict(qa_every=every))
+    head, step = model.policy.qa_head, model.policy.optimizer.step
+
+    def spying_step() -> None:
+        before = head.flat.detach().clone()
+        step()
+        taught.append(not torch.equal(before, head.flat))
+
+    monkeypatch.setattr(model.policy.optimizer, "step", spying_step)
+    model.learn(144, callback=QACallback())
+    assert len(taught) == 16  # four minibatches an epoch, the last a short one
+    assert taught == [n % every == 0 for n in range(16)]
+    assert head.n_updates.item() == sum(taught)
+
+
+def test_what_teaches_more_rarely_teaches_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    often, rarely = (captured(make_model(policy_kwargs=dict(qa_every=every)), monkeypatch)[1] for every in (1, 4))
+    assert often.keys() == rarely.keys()
+    assert all(torch.equal(often[name], rarely[name]) for name in often)
+
+
 @pytest.mark.parametrize("coef", [0.5, 1e6])
 def test_questions_cannot_starve_the_agent(coef: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of the step that is the agent's own: at least about half of what plain SB3 would take, at every minibatch."""
@@ -306,6 +331,10 @@ def test_windows_longer_than_a_rollout_are_refused() -> None:
         (dict(qa_trunk_gradient=2.0), "qa_trunk_gradient"),
         (dict(qa_net_arch=[]), "qa_net_arch"),
         (dict(qa_encoder="none"), "qa_encoder"),
+        (dict(qa_sample=0), "qa_sample"),
+        (dict(qa_every=0), "qa_every"),
+        (dict(qa_every=1.5), "whole number"),
+        (dict(qa_every=True), "qa_every"),
         (dict(action_names=["a"]), "action_names"),
     ],
 )

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "qa_net_arch": [32],
     "qa_encoder": "index",
     "qa_sample": 64,
+    "qa_every": 1,
     "action_names": None,
     "qa_readouts": None,
 }
@@ -70,6 +71,8 @@ class QAPolicyMixin:
         projection), or a callable of your own from a list of texts to a tensor (n_texts, width), in place of that model
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
         drawn at random, where there are more than that, 64 by default; with a rollout buffer
+    :param qa_every: one minibatch in so many teaches the questions, and the others cost nothing; 1 by default. Where the algorithm goes
+        through the same transitions many times, as PPO does, 4 teaches about as well
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -96,6 +99,7 @@ class QAPolicyMixin:
         qa_net_arch: Sequence[int] = UNSAID,
         qa_encoder: str | Callable[[list[str]], Any] = UNSAID,
         qa_sample: int = UNSAID,
+        qa_every: int = UNSAID,
         action_names: Sequence[str] | None = None,
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
@@ -106,7 +110,8 @@ class QAPolicyMixin:
             self._given("qa_trunk_gradient", qa_trunk_gradient),
         )
         qa_net_arch, qa_encoder = self._given("qa_net_arch", qa_net_arch), self._given("qa_encoder", qa_encoder)
-        qa_sample, qa_readouts = self._given("qa_sample", qa_sample), self._given("qa_readouts", qa_readouts)
+        qa_sample, qa_every = self._given("qa_sample", qa_sample), self._given("qa_every", qa_every)
+        qa_readouts = self._given("qa_readouts", qa_readouts)
         if questions is None:
             raise QAError(
                 f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...]), or, where "
@@ -116,7 +121,8 @@ class QAPolicyMixin:
         questions = load_questions(questions)
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
-        _check_number("qa_sample", qa_sample, 1, float("inf"))
+        _check_whole("qa_sample", qa_sample)
+        _check_whole("qa_every", qa_every)
         catalogue = Catalogue(questions)
         _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
@@ -128,6 +134,7 @@ class QAPolicyMixin:
             qa_net_arch=list(qa_net_arch),
             qa_encoder=qa_encoder,
             qa_sample=int(qa_sample),
+            qa_every=int(qa_every),
             action_names=None if action_names is None else list(action_names),
             qa_readouts=None if qa_readouts is None else list(qa_readouts),
         )
@@ -159,7 +166,7 @@ class QAPolicyMixin:
             for network in (live, target):  # which by itself is saved and loaded as what it was
                 network._register_state_dict_hook(_without_head)
                 network.register_load_state_dict_pre_hook(_with_own_head)
-        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
+        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient, int(qa_every))
         self.qa_join()
         LEARNERS.add(self)
 
@@ -356,3 +363,15 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         expected = f"a number from {low:g} to {high:g}" if high < float("inf") else f"a number, at least {low:g}"
         raise QAError(f"policy_kwargs got {name}={value!r}; expected {expected}; give e.g. {name}={min(high, 1.0)}")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 1 <= value < float("inf")
+        or value != int(value)
+    ):
+        raise QAError(
+            f"policy_kwargs got {name}={value!r}; expected a whole number, at least 1; give e.g. {name}={DEFAULTS[name]}"
+        )
