@@ -30,6 +30,7 @@ from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
 __all__ = ["QACallback", "bind_wrappers", "eval_callbacks"]
 
+PASSES = 5  # over each transition that teach, at least, where an algorithm makes as many
 LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
 
 
@@ -139,7 +140,7 @@ class QACallback(BaseCallback):
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
         joint.reads_critics = self._policy.qa_critics is not None
         joint.learnt = None
-        joint.start()
+        joint.start(self._policy.qa_kwargs["qa_every"] or max(1, getattr(model, "n_epochs", 1) // PASSES))
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
             self._recorder = Rollout(model, answerer, self.memory)

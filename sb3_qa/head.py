@@ -98,6 +98,9 @@ class QAHead(nn.Module):
         of the action
     """
 
+    pace = 3.0
+    """Its learning rate, in the agent's."""
+
     def __init__(
         self,
         catalogue: Catalogue,

@@ -114,10 +114,10 @@ class JointTraining:
     MEASURE_EVERY = 32
     LOG_EVERY = 64
 
-    def __init__(self, coef: float, trunk_gradient: float, every: int = 1) -> None:
+    def __init__(self, coef: float, trunk_gradient: float) -> None:
         self.coef = coef
         self.trunk_gradient = trunk_gradient
-        self.every = every
+        self.every = 1
         """One minibatch in so many teaches the questions, the first among them."""
         self.store: LabelStore | None = None
         """Labels of what the buffer holds; None while nobody makes any."""
@@ -143,13 +143,17 @@ class JointTraining:
         self._measured_norm = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointTraining:
-        return JointTraining(self.coef, self.trunk_gradient, self.every)
+        return JointTraining(self.coef, self.trunk_gradient)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JointTraining, (self.coef, self.trunk_gradient, self.every)
+        return JointTraining, (self.coef, self.trunk_gradient)
 
-    def start(self) -> None:
-        """Count minibatches from the first again, so that training goes on after loading as it would have without."""
+    def start(self, every: int) -> None:
+        """Count minibatches from the first again, so that training goes on after loading as it would have without.
+
+        :param every: one in so many teaches
+        """
+        self.every = every
         self.n_handed_out = self.n_passes = 0
 
     def hand_out(self, rows: NDArray[np.intp], observations: Any = None, real: NDArray[np.bool_] | None = None) -> None:

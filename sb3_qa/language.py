@@ -248,6 +248,8 @@ class LanguageHead(QAHead):
     lie in the head's flat parameter, and are averaged, saved and stepped with it.
     """
 
+    pace = 1.0  # what makes rows from words is deeper than rows are
+
     def __init__(self, catalogue: Catalogue, *args: Any, **kwargs: Any) -> None:
         super().__init__(catalogue, *args, **kwargs)
         self.by_panels = True

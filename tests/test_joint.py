@@ -230,6 +230,32 @@ def test_one_minibatch_in_so_many_teaches_the_questions(every: int, monkeypatch:
     assert head.n_updates.item() == sum(taught)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "given", "every"),
+    [(PPO, {}, 2), (PPO, dict(n_epochs=4), 1), (PPO, dict(n_epochs=20), 4), (A2C, {}, 1)],
+    ids=["ten epochs", "four", "twenty", "A2C"],
+)
+def test_each_transition_teaches_five_times_where_it_can(algorithm: type, given: dict[str, Any], every: int) -> None:
+    settings = dict(n_steps=24, batch_size=24, **given) if algorithm is PPO else dict(n_steps=24)
+    model: Any = algorithm(qa_policy(algorithm), make_env(), policy_kwargs=dict(questions=QUESTIONS), **settings)
+    model.learn(72, callback=QACallback())
+    steps = 3 * model.n_epochs if algorithm is PPO else 1
+    assert model.policy.qa_head.n_updates.item() == -(-steps // every)
+
+
+@pytest.mark.parametrize(
+    ("rate", "every", "of_head"), [(1e-3, 1, 3e-3), (1e-3, 2, 6e-3), (1e-3, 8, 1e-2), (0.05, 1, 0.05)], ids=str
+)
+def test_the_head_learns_faster_than_the_agent(rate: float, every: int, of_head: float) -> None:
+    model = make_model(learning_rate=lambda left: rate * (1.0 + left), policy_kwargs=dict(qa_every=every))
+    model.learn(72, callback=QACallback())
+    own, head = model.policy.optimizer.param_groups
+    assert own["lr"] == rate
+    assert head["lr"] == pytest.approx(of_head)
+    model.policy.optimizer.step()  # it does not add up
+    assert head["lr"] == pytest.approx(of_head)
+
+
 def test_what_teaches_more_rarely_teaches_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     often, rarely = (captured(make_model(policy_kwargs=dict(qa_every=every)), monkeypatch)[1] for every in (1, 4))
     assert often.keys() == rarely.keys()

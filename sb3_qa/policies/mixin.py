@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
@@ -36,11 +37,14 @@ DEFAULTS: dict[str, Any] = {
     "qa_net_arch": [32],
     "qa_encoder": "index",
     "qa_sample": 64,
-    "qa_every": 1,
+    "qa_every": None,
     "action_names": None,
     "qa_readouts": None,
 }
 """Of the arguments of policies that are about questions."""
+
+FASTEST = 0.01
+"""The learning rate that none of a head exceeds, unless the agent's does."""
 
 UNSAID: Any = object()
 """Of an argument that is left to the class: None is refused where it says nothing."""
@@ -71,8 +75,8 @@ class QAPolicyMixin:
         projection), or a callable of your own from a list of texts to a tensor (n_texts, width), in place of that model
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
         drawn at random, where there are more than that, 64 by default; with a rollout buffer
-    :param qa_every: one minibatch in so many teaches the questions, and the others cost nothing; 1 by default. Where the algorithm goes
-        through the same transitions many times, as PPO does, 4 teaches about as well
+    :param qa_every: one minibatch in so many teaches the questions, and the others cost nothing; by default so many that each transition
+        teaches five times or more where the algorithm goes through all of them as often (PPO's ``n_epochs=10``: 2), and else 1
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -99,7 +103,7 @@ class QAPolicyMixin:
         qa_net_arch: Sequence[int] = UNSAID,
         qa_encoder: str | Callable[[list[str]], Any] = UNSAID,
         qa_sample: int = UNSAID,
-        qa_every: int = UNSAID,
+        qa_every: int | None = None,
         action_names: Sequence[str] | None = None,
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
@@ -110,8 +114,8 @@ class QAPolicyMixin:
             self._given("qa_trunk_gradient", qa_trunk_gradient),
         )
         qa_net_arch, qa_encoder = self._given("qa_net_arch", qa_net_arch), self._given("qa_encoder", qa_encoder)
-        qa_sample, qa_every = self._given("qa_sample", qa_sample), self._given("qa_every", qa_every)
-        qa_readouts = self._given("qa_readouts", qa_readouts)
+        qa_sample, qa_readouts = self._given("qa_sample", qa_sample), self._given("qa_readouts", qa_readouts)
+        qa_every = self._given("qa_every", qa_every)
         if questions is None:
             raise QAError(
                 f"{type(self).__name__} got no questions; expected a list of Question; give policy_kwargs=dict(questions=[...]), or, where "
@@ -122,7 +126,8 @@ class QAPolicyMixin:
         _check_number("qa_coef", qa_coef, 0.0, float("inf"))
         _check_number("qa_trunk_gradient", qa_trunk_gradient, 0.0, 1.0)
         _check_whole("qa_sample", qa_sample)
-        _check_whole("qa_every", qa_every)
+        if qa_every is not None:
+            _check_whole("qa_every", qa_every)
         catalogue = Catalogue(questions)
         _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
@@ -134,7 +139,7 @@ class QAPolicyMixin:
             qa_net_arch=list(qa_net_arch),
             qa_encoder=qa_encoder,
             qa_sample=int(qa_sample),
-            qa_every=int(qa_every),
+            qa_every=None if qa_every is None else int(qa_every),
             action_names=None if action_names is None else list(action_names),
             qa_readouts=None if qa_readouts is None else list(qa_readouts),
         )
@@ -166,7 +171,7 @@ class QAPolicyMixin:
             for network in (live, target):  # which by itself is saved and loaded as what it was
                 network._register_state_dict_hook(_without_head)
                 network.register_load_state_dict_pre_hook(_with_own_head)
-        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient, int(qa_every))
+        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
         LEARNERS.add(self)
 
@@ -185,8 +190,8 @@ class QAPolicyMixin:
                 module.register_forward_hook(partial(tapped, self, index))
 
     def _qa_join_optimizer(self) -> None:
-        """The head is a group of its own: the same optimiser and learning rate, by the implementation that is fastest for
-        a few small tensors, and with an epsilon small enough for a mean over many questions.
+        """The head is a group of its own: the same optimiser, by the implementation that is fastest for a few small tensors, at a
+        learning rate of its own (:func:`_pace`), and with an epsilon small enough for a mean over many questions.
         """
         # SAC and its like have an optimiser for each network, and the head learns with the network it reads.
         optimizer: Any = getattr(self, "optimizer", None)
@@ -196,6 +201,7 @@ class QAPolicyMixin:
             optimizer.add_param_group(self._qa_group(optimizer))
         if not getattr(optimizer, "qa_joined", False):
             optimizer.register_step_pre_hook(partial(_refuse_untaught, self))
+            optimizer.register_step_pre_hook(partial(_pace, self))
             optimizer.register_step_post_hook(partial(_follow, self))
             optimizer.register_load_state_dict_pre_hook(partial(_with_group_of_head, self))
             optimizer.qa_joined = True  # a copy of an optimiser has neither hooks nor this
@@ -330,6 +336,18 @@ def _refuse_untaught(policy: Any, optimizer: torch.optim.Optimizer, args: Any, k
         )
 
 
+def _pace(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Let the head learn faster than the agent, whose learning rate SB3 has just given both.
+
+    An agent's steps are short, so that its policy keeps up with its data. A head has nothing to break: its answers are averaged over
+    many updates, and a slow one's are about an agent that has gone on changing since. One that is taught more rarely takes longer steps.
+    """
+    head, group = policy.qa_head, optimizer.param_groups[-1]
+    if group["params"][0] is head.flat:
+        rate = optimizer.param_groups[0]["lr"]
+        group["lr"] = max(rate, min(head.pace * policy.qa_joint.every * rate, FASTEST))
+
+
 def _follow(policy: Any, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if policy.qa_head.flat.grad is not None:  # else there was nothing to learn in this step
         policy.qa_head.follow()
@@ -366,12 +384,8 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _check_whole(name: str, value: Any) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 1 <= value < float("inf")
-        or value != int(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        given = DEFAULTS[name] or 2
         raise QAError(
-            f"policy_kwargs got {name}={value!r}; expected a whole number, at least 1; give e.g. {name}={DEFAULTS[name]}"
+            f"policy_kwargs got {name}={value!r}; expected a whole number, at least 1; give e.g. {name}={given}"
         )
