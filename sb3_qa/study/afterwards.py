@@ -11,7 +11,11 @@ from torch import nn
 
 from sb3_qa.errors import QAError
 
-__all__ = ["MutedMixin", "adopt", "anchor", "freeze", "muted_policy"]
+__all__ = ["EPS", "MutedMixin", "adopt", "anchor", "freeze", "muted_policy"]
+
+
+EPS = 1e-8
+"""Of Adam, for networks that learn from questions alone: a mean over many questions has a small gradient beside SB3's 1e-5."""
 
 
 class _WithLoss(torch.autograd.Function):
@@ -33,6 +37,11 @@ class MutedMixin:
     """
 
     anchored: tuple[Any, float] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for group in self.optimizer.param_groups:  # type: ignore[attr-defined]
+            group["eps"] = EPS
 
     def evaluate_actions(self, obs: Any, actions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         values, log_prob, entropy = super().evaluate_actions(obs, actions, *args, **kwargs)  # type: ignore[misc]

@@ -9,6 +9,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
+from sb3_qa.study.afterwards import EPS
+
 __all__ = ["SeparateMixin", "separate_policy"]
 
 
@@ -40,7 +42,8 @@ class SeparateMixin:
         with torch.random.fork_rng(devices=[]):  # so that the agent's stream goes on as without it
             torch.manual_seed(torch.initial_seed() % 2**31 + 1)
             self.twin = Twin(self).to(self.device)  # type: ignore[arg-type, attr-defined]
-        self.optimizer.add_param_group({"params": list(self.twin.parameters())})  # type: ignore[attr-defined]
+        group = {"params": list(self.twin.parameters()), "eps": EPS}
+        self.optimizer.add_param_group(group)  # type: ignore[attr-defined]
 
     def _pass_twin(self, obs: Any) -> torch.Tensor:
         features = BaseModel.extract_features(self, obs, self.twin.features_extractor)  # type: ignore[arg-type]
