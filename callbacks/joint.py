@@ -198,6 +198,7 @@ class QACallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint
+        joint.passed_over = False
         if isinstance(self._recorder, Replay):
             self._recorder.finish()  # and whoever calls train() by hand goes on learning from the same transitions
         else:

@@ -22,7 +22,7 @@ from sb3_qa.labels import LabelStore
 from sb3_qa.panel import Panel
 from sb3_qa.rare_events import Remembered
 
-__all__ = ["JointTraining", "attach", "question_losses"]
+__all__ = ["JointTraining", "attach", "question_losses", "with_gradient"]
 
 Floats = NDArray[np.float32]
 
@@ -46,8 +46,7 @@ def attach(
     :param d_head: its gradient, accumulated in ``head.grad``
     :param of_last: that ``output`` was computed of the last of the latents, so that one hook does for both
     """
-    if not output.requires_grad:  # a frozen agent: the head alone learns
-        output = output.detach().requires_grad_()
+    output = with_gradient(output)
     if of_last:
         *latents, (last, gradient) = latents
         last.register_hook(partial(_add_and_accumulate, head, d_head, gradient))
@@ -56,6 +55,11 @@ def attach(
     for latent, gradient in latents:
         latent.register_hook(partial(torch.add, gradient))
     return output
+
+
+def with_gradient(output: torch.Tensor) -> torch.Tensor:
+    """``output``, such that the algorithm's backward pass can begin: that of a frozen agent, of which the head alone learns."""
+    return output if output.requires_grad else output.detach().requires_grad_()
 
 
 def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
@@ -134,6 +138,8 @@ class JointTraining:
         self.reads_critics = False
         self.owed: torch.Tensor | None = None
         """The gradient of an actor's latent, when the pass that it belongs to is still to come."""
+        self.passed_over = False
+        """Whether the minibatch in flight teaches nothing."""
         self.n_handed_out = 0
         self.n_passes = 0
         self.losses: list[torch.Tensor] = []
@@ -161,13 +167,14 @@ class JointTraining:
 
         :param real: which places of the batch hold them, in order, where the others are padding
         """
-        self._pending = self.owed = None
+        self._pending, self.owed, self.passed_over = None, None, False
         if self.store is not None and self.coef and self.taught:
-            if self.n_handed_out % self.every == 0:
+            self.passed_over = self.n_handed_out % self.every > 0
+            self.n_handed_out += 1
+            if not self.passed_over:
                 self._pending = rows
                 self._real = real
                 self.observations = observations if self.critic_only or self.reads_critics else None
-            self.n_handed_out += 1
 
     @property
     def taught(self) -> bool:

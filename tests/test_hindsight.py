@@ -231,4 +231,4 @@ def test_virtual_goals_teach_about_goals(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(Hindsight, "labels", labels)
         told = answers(train(questions, 6000, env=OneGoal), "if")
         errors.append(float(np.abs(told - known).mean()))
-    assert errors[0] < 0.15 and errors[1] > 0.3, errors
+    assert errors[0] < 0.12 and errors[1] > 0.25, errors

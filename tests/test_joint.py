@@ -256,6 +256,18 @@ def test_the_head_learns_faster_than_the_agent(rate: float, every: int, of_head:
     assert head["lr"] == pytest.approx(of_head)
 
 
+def test_a_frozen_agent_is_taught_in_every_second_minibatch() -> None:
+    model = make_model(n_epochs=10)
+    for parameter in model.policy.parameters():
+        parameter.requires_grad_(False)
+    before, head = copy.deepcopy(agent_state(model)), model.policy.qa_head.flat.clone()
+    model.learn(72, callback=QACallback())
+    assert all(torch.equal(value, before[name]) for name, value in agent_state(model).items())
+    assert not torch.equal(head, model.policy.qa_head.flat)
+    assert model.policy.qa_head.n_updates.item() == 20
+    assert not model.policy.predict_values(torch.zeros(1, 5)).requires_grad
+
+
 def test_what_teaches_more_rarely_teaches_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     often, rarely = (captured(make_model(policy_kwargs=dict(qa_every=every)), monkeypatch)[1] for every in (1, 4))
     assert often.keys() == rarely.keys()

@@ -18,7 +18,7 @@ from sb3_qa.critics import TARGETS, Critics
 from sb3_qa.errors import QAError
 from sb3_qa.facts import check_facts
 from sb3_qa.head import MOST_LOGITS, QAHead
-from sb3_qa.joint import JointTraining
+from sb3_qa.joint import JointTraining, with_gradient
 from sb3_qa.language import make_head
 from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.policies.own import OwnParameters
@@ -281,7 +281,7 @@ def _tapped(
     if policy.qa_taps.passing is not None:
         policy.qa_taps.passing[index] = args[0], output
     if not (joint.waiting and torch.is_grad_enabled()):
-        return None
+        return with_gradient(output) if joint.passed_over and torch.is_grad_enabled() else None
     if joint.critic_only:
         alone = policy.qa_taps.names[index] == joint.critic_only
         latents = policy.qa_taps.note_alone(index, args[0], policy, joint.observations) if alone else None
@@ -313,7 +313,7 @@ def _tapped_critic(
     if critics.passing is not None:
         critics.passing[index] = args[0]
     if not (joint.waiting and torch.is_grad_enabled()):
-        return None
+        return with_gradient(output) if joint.passed_over and torch.is_grad_enabled() else None
     critics.seen[index] = args[0]
     if any(latent is None for latent in critics.seen):
         return None
