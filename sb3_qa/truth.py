@@ -8,15 +8,18 @@ properties with metric temporal logic") over those states.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import cloudpickle
 import numpy as np
 
 from sb3_qa.errors import QAError
@@ -125,6 +128,12 @@ class Truth:
     def __hash__(self) -> int:
         fact = self.fact
         return hash((self.operator, self.horizon, self.discount, getattr(fact, "__code__", fact)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (self.operator, _packed(self.fact), self.horizon, self.discount)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Truth:
+        return replace(self, fact=copy.deepcopy(self.fact, memo))
 
     @property
     def is_event(self) -> bool:
@@ -254,6 +263,24 @@ def _same_fact(a: Fact, b: Fact) -> bool:
         return bool(kept[0] == kept[1])
     except ValueError:  # a cell not filled yet, or arrays, which have no one truth value
         return False
+
+
+class _ByValue(NamedTuple):
+    """A fact that no import finds, as a lambda: pickle alone, which ``policy.save()`` relies on, refuses those."""
+
+    pickled: bytes
+
+
+def _packed(fact: Fact) -> Fact | _ByValue:
+    try:
+        pickle.dumps(fact)
+    except Exception:  # pickle raises what it likes
+        return _ByValue(cloudpickle.dumps(fact))
+    return fact
+
+
+def _unpacked(operator: str, fact: Fact | _ByValue, horizon: int | str | None, discount: float) -> Truth:
+    return Truth(operator, pickle.loads(fact.pickled) if isinstance(fact, _ByValue) else fact, horizon, discount)
 
 
 def fact_slots(fact: Fact) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -267,6 +268,29 @@ def test_a_question_is_equal_to_itself_once_loaded(tmp_path: Path) -> None:
     PPO.load(tmp_path / "model.zip", policy_kwargs=kwargs)  # SB3 compares them
     with pytest.raises(ValueError, match="policy kwargs"):
         PPO.load(tmp_path / "model.zip", policy_kwargs=dict(questions=QUESTIONS, net_arch=[8]))
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
+def test_a_policy_whose_facts_no_import_finds_is_saved_and_pickled_by_itself(algorithm: Any, tmp_path: Path) -> None:
+    """SB3 saves policies by pickle alone, which refuses lambdas."""
+    asked = [Question("?", eventually(make_fact(1.0), within=3), name="lower"), *SHORT[1:]]
+    policy = make(algorithm, "QAMlpPolicy", environment(algorithm), dict(questions=asked, net_arch=[8])).policy
+    policy.save(tmp_path / "policy.pth")
+    for again in (type(policy).load(tmp_path / "policy.pth"), pickle.loads(pickle.dumps(policy))):
+        questions = again.qa_kwargs["questions"]
+        assert questions == asked and questions[0].truth.fact is not asked[0].truth.fact
+        assert torch.equal(again.qa_head.flat, policy.qa_head.flat)
+    named, own = Question("?", now(math.sin), name="named"), Question("?", now(Counting()), name="own")
+    assert pickle.loads(pickle.dumps(named)).truth.fact is math.sin
+    assert copy.deepcopy(own).truth.fact is not own.truth.fact
+    assert copy.deepcopy(asked[0]).truth.fact is asked[0].truth.fact
+
+
+class Counting:
+    """A fact with a state of its own."""
+
+    def __call__(self, step: Any) -> bool:
+        return False
 
 
 @pytest.mark.parametrize(
