@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import cloudpickle
+import cloudpickle  # SB3's, which saves models with it
 import numpy as np
 
 from sb3_qa.errors import QAError
