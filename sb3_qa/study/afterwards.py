@@ -10,12 +10,9 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_qa.errors import QAError
+from sb3_qa.policies.mixin import EPS
 
-__all__ = ["EPS", "MutedMixin", "adopt", "anchor", "freeze", "muted_policy"]
-
-
-EPS = 1e-8
-"""Of Adam, for networks that learn from questions alone: a mean over many questions has a small gradient beside SB3's 1e-5."""
+__all__ = ["MutedMixin", "adopt", "anchor", "freeze", "muted_policy"]
 
 
 class _WithLoss(torch.autograd.Function):

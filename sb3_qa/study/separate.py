@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
-from sb3_qa.study.afterwards import EPS
+from sb3_qa.policies.mixin import EPS
 
 __all__ = ["SeparateMixin", "separate_policy"]
 
