@@ -127,10 +127,13 @@ class Replay(Recorder):
         positions = np.array(self._positions)
         end_rows = np.append(positions[cuts.step] * self.buffer.n_envs + cuts.env, -1).astype(np.int32)
         features = self._head.action_features
+        flat_times = [EventTimes(flatten_rows(each.known[:n]), flatten_rows(each.event[:n])) for each in times]
+        flat_values = [flatten_rows(value[:n]) for value in values]
+        self._begin_with(flat_times, flat_values)
         labels = _Block(
             self.store.targets,
-            [EventTimes(flatten_rows(each.known[:n]), flatten_rows(each.event[:n])) for each in times],
-            [flatten_rows(value[:n]) for value in values],
+            flat_times,
+            flat_values,
             flatten_rows(end_rows[cuts.row[:n]]),
             [np.zeros((0, 0), np.float32)] * len(self._events),
             None if features is None else features(actions),

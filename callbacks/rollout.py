@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.base_rates import BaseRates
 from sb3_qa.buffers import as_seen, flatten_rows
 from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
 from sb3_qa.callbacks.pictures import Pictures
@@ -63,6 +64,9 @@ class Recorder:
         self._arrived = self._first_steps(self._reset_infos(), model._last_obs, range(env.num_envs))
         self._read_state()
         self.start()
+        untaught = answerer.policy.qa_joint.coef > 0 and self._head.n_updates.item() == 0
+        self._rates = BaseRates(self.targets) if untaught else None
+        self._rates_at = 0.0
 
     def _begins(self) -> NDArray[np.bool_]:
         """Whether each environment is at the beginning of an episode."""
@@ -77,6 +81,17 @@ class Recorder:
         self._actions: list[NDArray[Any]] = []
         self._left: list[NDArray[np.int64]] = []
         self._last_obs: dict[tuple[int, int], Any] = {}
+
+    def _begin_with(self, times: Sequence[EventTimes], values: Sequence[Floats]) -> None:
+        """Let a head that no label has taught begin with the base rates of these transitions, and of those before them."""
+        n_updates = self._head.n_updates.item()
+        if self._rates is None or (self._rates.n_rows and n_updates != self._rates_at):
+            self._rates = None
+            return
+        self._rates.add(times, values)
+        self._rates_at = n_updates
+        for head in self.answerer.policy.qa_heads:
+            head.begin_with(self._rates.biases())
 
     def _read_state(self) -> None:
         """The facts of the states that the environments are in."""
@@ -262,6 +277,7 @@ class Rollout(Recorder):
         flat_values = [flatten_rows(value) for value in values]
         cut_row, about = flatten_rows(cuts.row), None if features is None else features(self._flat_actions)
         self._cuts = cuts
+        self._begin_with(flat_times, flat_values)
         if len(self.targets) <= self._sample:
             self.store = LabelStore(self.targets, flat_times, flat_values, cut_row, self._continuations(cuts), about)
             if self.memory is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -175,6 +175,18 @@ class QAHead(nn.Module):
     def version(self) -> int:
         """A number that changes whenever the weights do."""
         return self.flat._version  # the average follows it
+
+    def begin_with(self, biases: Mapping[int, Floats]) -> None:
+        """Let a head that has learnt nothing begin with these answers, see :class:`~sb3_qa.base_rates.BaseRates`.
+
+        :param biases: of targets, by their first column, (width,)
+        """
+        with torch.no_grad():
+            bias = self.weights(self.flat.detach()).bias
+            for start, each in biases.items():
+                bias[start : start + len(each)] = torch.from_numpy(each)
+            self.average.copy_(self.flat)
+        self.followed()
 
     def follow(self) -> None:
         """Let the weights that answer follow those that learn, after a step of the optimiser.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -278,6 +278,9 @@ class LanguageHead(QAHead):
         first = [*self.words.initial(generator), *(torch.randn(s, generator=generator) * 0.01 for s in makers)]
         self._everything: Panel | None = None
         return torch.cat([part.flatten() for part in first])
+
+    def begin_with(self, biases: Mapping[int, Any]) -> None:
+        """Nothing is done: a bias made of words is not a single question's."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_everything": None}

@@ -224,6 +224,11 @@ class QAPolicyMixin:
             group["eps"] = min(optimizer.defaults["eps"], EPS)
         return group
 
+    @property
+    def qa_heads(self) -> list[QAHead]:
+        """The head, and that of the target network if there is one."""
+        return [self.qa_head, *([] if self.qa_target is None else [getattr(self, self.qa_target[1]).qa_head])]
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
         if not recurse:
