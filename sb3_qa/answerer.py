@@ -78,7 +78,7 @@ class Reading:
         """
         return None if self._after is None else Memory(self._after.state, np.array(starts, np.bool_))
 
-    def part(self, index: NDArray[np.intp]) -> Reading:
+    def part(self, index: NDArray[np.intp] | slice) -> Reading:
         """The reading of some of the observations."""
         part = copy.copy(self)
         if self._after is not None and self.memory is not None:
@@ -415,6 +415,15 @@ class QuestionAnswerer:
         if keep:
             self._last = (contents, version, reading)
         return reading
+
+    def read_both(self, obs: Any, others: Any) -> tuple[Reading, Reading]:
+        """Read two batches of observations of a policy without memory; the first is kept, as by :meth:`read`."""
+        if not isinstance(obs, np.ndarray) or obs.dtype != others.dtype:
+            return self.read(obs), self.read(others, keep=False)
+        both = Reading(self, self._batch(np.concatenate([obs, others]))[0])  # hardly slower than one
+        first, second = both.part(slice(len(obs))), both.part(slice(len(obs), None))
+        self._last = (_contents(obs), self.version, first)
+        return first, second
 
     def values(self, keys: Sequence[str]) -> PointValues:
         """A fast reader of the point values of these instances, see :class:`~sb3_qa.values.PointValues`."""

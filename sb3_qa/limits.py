@@ -58,11 +58,14 @@ class CutAges:
         np.add.at(self._survived, (age - terminated)[told & over], 1)
         np.add.at(self._cut, age[told & truncated & ~terminated], 1)
         left = self._none
-        if (terminated & told).any():
+        ending = np.flatnonzero(terminated & told).tolist()
+        if ending and not self._cut.any():  # so far none has been cut at any age
+            self._random.random(len(ending))
+        elif ending:
             running = np.bincount(age[told & ~over], minlength=len(self._cut))
             at_risk = np.cumsum((self._survived + running)[::-1])[::-1]  # at an age: all that were seen to reach it
             left = self._none.copy()
-            for env in np.flatnonzero(terminated & told).tolist():
+            for env in ending:
                 left[env] = self._draw(int(age[env]), at_risk)
         self._age[over] = 0
         return left

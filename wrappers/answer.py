@@ -86,12 +86,15 @@ class AnswerRule(Rule):
         here = there = self.here
         executed = self.executed(actions, arrival.infos)
         if self.values.any_state:
-            there = self.qa.read(arrival.obs, arrival.memory)
             ended = arrival.done.nonzero()[0]
-            if len(ended):
-                memory = None
-                if here.memory is not None:  # of a recurrent policy: nothing has begun anew there
-                    memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))
+            if not len(ended):
+                there = self.qa.read(arrival.obs, arrival.memory)
+            elif here.memory is None:
+                there, last = self.qa.read_both(arrival.obs, arrival.last_obs(ended))
+                there = there.with_states(ended, last)
+            else:  # of a recurrent policy: nothing has begun anew there
+                there = self.qa.read(arrival.obs, arrival.memory)
+                memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))
                 there = there.with_states(ended, self.qa.read(arrival.last_obs(ended), memory, keep=False))
         return self.values.of_step(here, executed, there)
 
