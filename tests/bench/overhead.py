@@ -91,6 +91,7 @@ class Case(NamedTuple):
 
 CASES = {
     "ppo": Case(PPO, "CartPole-v1", 8, 49_152, 1.20),
+    "ppo_alike": Case(PPO, "CartPole-v1", 8, 49_152, 1.05, policy_kwargs=dict(optimizer_kwargs=dict(foreach=True))),
     "ppo_fused": Case(PPO, "CartPole-v1", 8, 49_152, 1.00, own=dict(optimizer_kwargs=dict(fused=True))),
     "ppo_cnn": Case(PPO, "CartPole-v1", 8, 1024, 1.02, "CnnPolicy", dict(n_steps=64)),
     "dqn": Case(DQN, "CartPole-v1", 1, 15_000, 1.05),
