@@ -84,14 +84,17 @@ class Recorder:
 
     def _begin_with(self, times: Sequence[EventTimes], values: Sequence[Floats]) -> None:
         """Let a head that no label has taught begin with the base rates of these transitions, and of those before them."""
+        if self._rates is None:
+            return
         n_updates = self._head.n_updates.item()
-        if self._rates is None or (self._rates.n_rows and n_updates != self._rates_at):
+        if self._rates.n_rows and n_updates != self._rates_at:  # it has begun to learn from those before
             self._rates = None
             return
         self._rates.add(times, values)
         self._rates_at = n_updates
+        biases = self._rates.biases()
         for head in self.answerer.policy.qa_heads:
-            head.begin_with(self._rates.biases())
+            head.begin_with(biases)
 
     def _read_state(self) -> None:
         """The facts of the states that the environments are in."""

@@ -416,10 +416,12 @@ class QuestionAnswerer:
             self._last = (contents, version, reading)
         return reading
 
-    def read_both(self, obs: Any, others: Any) -> tuple[Reading, Reading]:
-        """Read two batches of observations of a policy without memory; the first is kept, as by :meth:`read`."""
-        if not isinstance(obs, np.ndarray) or obs.dtype != others.dtype:
-            return self.read(obs), self.read(others, keep=False)
+    def read_both(
+        self, obs: Any, memory: Memory | None, others: Any, their_memory: Memory | None
+    ) -> tuple[Reading, Reading]:
+        """Read two batches of observations, at once where that can be; the first is kept, as by :meth:`read`."""
+        if memory is not None or not isinstance(obs, np.ndarray) or obs.dtype != others.dtype:
+            return self.read(obs, memory), self.read(others, their_memory, keep=False)
         both = Reading(self, self._batch(np.concatenate([obs, others]))[0])  # hardly slower than one
         first, second = both.part(slice(len(obs))), both.part(slice(len(obs), None))
         self._last = (_contents(obs), self.version, first)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_qa.encoders import event_bias
+from sb3_qa.encoders import initial_bias
 from sb3_qa.labels import EventTimes, fill_value
 from sb3_qa.questions import Target
 
@@ -55,7 +55,7 @@ class BaseRates:
                 y, weight = np.zeros((2, len(value), target.width), np.float32)
                 fill_value(replace(target, start=0), value, y, weight)
                 self._hits[target.start] += y.sum(axis=0, dtype=np.float64)
-                self._trials[target.start] += np.count_nonzero(~np.isnan(value))
+                self._trials[target.start] += weight[:, 0].sum(dtype=np.float64)
 
     def biases(self) -> dict[int, Floats]:
         """Of each target, by its first column: the biases (width,) of its hazards or atoms."""
@@ -74,5 +74,4 @@ def _default(target: Target) -> NDArray[np.float64]:
     """The hazard of a step, or the probability of each atom, that a head begins with."""
     if target.kind in ("choice", "number"):
         return np.full(target.width, 1.0 / target.width)
-    bias = event_bias(target.width) if target.kind == "event" else 0.0
-    return np.array([1.0 / (1.0 + np.exp(-bias))])
+    return np.array([1.0 / (1.0 + np.exp(-initial_bias(target)))])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Target
 
-__all__ = ["ActionFeatures", "event_bias", "initial_rows"]
+__all__ = ["ActionFeatures", "event_bias", "initial_bias", "initial_rows"]
 
 
 def initial_rows(
@@ -25,11 +25,12 @@ def initial_rows(
             f"qa_encoder got {encoder!r}; expected 'index' for rows of their own; make the head with make_head()"
         )
     rows = torch.randn(catalogue.n_logits, width, generator=generator) * 0.025  # logits start near their biases
-    return rows, torch.cat([_initial_bias(target) for target in catalogue.targets])
+    return rows, torch.cat([torch.full((target.width,), initial_bias(target)) for target in catalogue.targets])
 
 
-def _initial_bias(target: Target) -> torch.Tensor:
-    return torch.full((target.width,), event_bias(target.width) if target.kind == "event" else 0.0)
+def initial_bias(target: Target) -> float:
+    """Of each logit of a target, before there are labels."""
+    return event_bias(target.width) if target.kind == "event" else 0.0
 
 
 def event_bias(horizon: int) -> float:

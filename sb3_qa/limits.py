@@ -59,8 +59,8 @@ class CutAges:
         np.add.at(self._cut, age[told & truncated & ~terminated], 1)
         left = self._none
         ending = np.flatnonzero(terminated & told).tolist()
-        if ending and not self._cut.any():  # so far none has been cut at any age
-            self._random.random(len(ending))
+        if ending and not self._cut.any():  # none has been cut at any age, whatever is drawn
+            self._random.random(len(ending))  # so that the draws to come do not depend on this short cut
         elif ending:
             running = np.bincount(age[told & ~over], minlength=len(self._cut))
             at_risk = np.cumsum((self._survived + running)[::-1])[::-1]  # at an age: all that were seen to reach it

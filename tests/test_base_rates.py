@@ -51,9 +51,12 @@ class Weather(gym.Env[Any, Any]):
         return np.zeros(2, np.float32), 0.0, self.np_random.random() < 0.02, False, self.facts()
 
 
+def mixed(rate: float, default: float) -> float:
+    return (rate + DEFAULT * default) / (1 + DEFAULT)
+
+
 def assert_base_rates(answerer: QuestionAnswerer, tolerance: float) -> None:
     obs = np.zeros(2, np.float32)
-    mixed = lambda rate, default: (1 - DEFAULT / (1 + DEFAULT)) * rate + DEFAULT / (1 + DEFAULT) * default  # noqa: E731
     assert answerer.ask("rain", obs).probability == pytest.approx(mixed(0.3, 0.5), abs=tolerance)
     hazard = mixed(0.05, 1 - 0.5 ** (1 / 8))
     assert answerer.ask("thunder[k=1]", obs).probability == pytest.approx(hazard, abs=tolerance)

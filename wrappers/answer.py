@@ -89,13 +89,12 @@ class AnswerRule(Rule):
             ended = arrival.done.nonzero()[0]
             if not len(ended):
                 there = self.qa.read(arrival.obs, arrival.memory)
-            elif here.memory is None:
-                there, last = self.qa.read_both(arrival.obs, arrival.last_obs(ended))
+            else:
+                memory = None
+                if here.memory is not None:  # of a recurrent policy: nothing has begun anew there
+                    memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))
+                there, last = self.qa.read_both(arrival.obs, arrival.memory, arrival.last_obs(ended), memory)
                 there = there.with_states(ended, last)
-            else:  # of a recurrent policy: nothing has begun anew there
-                there = self.qa.read(arrival.obs, arrival.memory)
-                memory = here.part(ended).remembered(np.zeros(len(ended), np.bool_))
-                there = there.with_states(ended, self.qa.read(arrival.last_obs(ended), memory, keep=False))
         return self.values.of_step(here, executed, there)
 
     def told(self, table: NDArray[np.float32]) -> list[Info]:

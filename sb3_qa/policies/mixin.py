@@ -345,10 +345,12 @@ def _tapped_critic(
 
 def _step_together(optimizer: torch.optim.Optimizer) -> None:
     """Let Adam step the few small tensors of an agent by operations on all of them: the same numbers, bit for bit, in less time."""
+    if type(optimizer) is not torch.optim.Adam:
+        return
     for group in optimizer.param_groups:
         chosen = [group.get(name) for name in ("foreach", "fused", "differentiable", "capturable")]
         small = sum(parameter.numel() for parameter in group["params"]) <= SMALL
-        if type(optimizer) is torch.optim.Adam and small and chosen == [None, None, False, False]:
+        if small and chosen == [None, None, False, False]:
             group["foreach"] = True
 
 
