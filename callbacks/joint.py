@@ -30,7 +30,7 @@ from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
 
 __all__ = ["QACallback", "bind_wrappers", "eval_callbacks"]
 
-PASSES = 5  # over each transition that teach, at least, where an algorithm makes as many
+PASSES = 3  # over each transition that teach, at least, where an algorithm makes as many
 LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
 
 
@@ -131,13 +131,17 @@ class QACallback(BaseCallback):
         joint.max_grad_norm = float(limit) if limit is not None and np.isfinite(limit) and limit > 0 else None
         joint.critic_only = of_family(CRITIC_ONLY, type(model))
         self._policy.qa_join()  # parts may have been replaced, or an optimiser copied without its hooks
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.policy.modules()):
+        compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.policy.modules())
+        if compiled:
             # What questions send into the trunk is measured by a backward pass of its own, after which the graph is needed.
             from torch._functorch import config
 
             config.donated_buffer = False
         if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
+        answering = any(wrapper.rule.qa is answerer for wrapper, _ in qa_wrappers(model.get_env()))
+        answerer.reads_ahead = answering and not compiled and self._policy.qa_taps.can_read_ahead(self._policy)
+        joint.ahead = answerer if answerer.reads_ahead else None
         joint.reads_critics = self._policy.qa_critics is not None
         joint.learnt = None
         joint.start(self._policy.qa_kwargs["qa_every"] or max(1, getattr(model, "n_epochs", 1) // PASSES))
@@ -199,6 +203,8 @@ class QACallback(BaseCallback):
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint
         joint.passed_over = False
+        if joint.ahead is not None:
+            joint.ahead.reads_ahead, joint.ahead = False, None
         if isinstance(self._recorder, Replay):
             self._recorder.finish()  # and whoever calls train() by hand goes on learning from the same transitions
         else:

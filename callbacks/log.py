@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa import scores
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import Reading
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.callbacks.pictures import Pictures
 from sb3_qa.head import decode
 from sb3_qa.labels import Cuts, LabelStore
-from sb3_qa.memory import Memory
 from sb3_qa.panel import Panel
 from sb3_qa.questions import Catalogue, Instance
 
@@ -64,13 +63,12 @@ class EpisodeLog:
 
 def score_questions(
     logger: Any,
-    answerer: QuestionAnswerer,
+    catalogue: Catalogue,
     store: LabelStore,
     rows: NDArray[np.intp],
-    obs: Any,
+    reading: Reading,
     actions: NDArray[Any],
     room: NDArray[np.int64],
-    memory: Memory | None = None,
     pictures: Pictures | None = None,
 ) -> None:
     """Score answers about transitions that the agent has not been trained on yet.
@@ -78,14 +76,11 @@ def score_questions(
     A question's figures are the means over its instances.
 
     :param rows: (n,) of the store
-    :param obs: (n, ...) as the policy sees them
+    :param reading: of their observations
     :param actions: (n, *action_shape), as executed
     :param room: (n,) number of steps from each row to the cut its future runs into
-    :param memory: of a recurrent policy, what it remembered when it saw them
     :param pictures: what is to be drawn of them
     """
-    reading = answerer.read(obs, memory, keep=False)
-    catalogue = answerer.catalogue
     panel = None
     scored: dict[str, list[Instance]] = {}
     for each in catalogue.instances.values():
@@ -109,7 +104,7 @@ def score_questions(
                 logits = about_action[:, target.start - offset : target.stop - offset]
             else:
                 logits = about_states[:, target.start : target.stop]
-            truth = truths(instance, store, answerer, rows, room)
+            truth = truths(instance, store, catalogue, rows, room)
             known = ~np.isnan(truth)
             if known.any():
                 answer = decode(instance, logits[known])
@@ -141,7 +136,7 @@ def _some(
 
 
 def truths(
-    instance: Instance, store: LabelStore, answerer: QuestionAnswerer, rows: NDArray[np.intp], room: NDArray[np.int64]
+    instance: Instance, store: LabelStore, catalogue: Catalogue, rows: NDArray[np.intp], room: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """What turned out to be true of each row, nan where it is not known.
 
@@ -150,7 +145,7 @@ def truths(
 
     :param room: (len(rows),) number of steps from each row to the cut its future runs into
     """
-    target = answerer.catalogue.target_of[instance.key]
+    target = catalogue.target_of[instance.key]
     if target.kind in ("choice", "number"):
         return store.values[target.start][rows]
     known, event = (each[rows] for each in store.times[target.start])

@@ -161,9 +161,9 @@ class Replay(Recorder):
         self, labels: LabelStore, rows: NDArray[np.intp], actions: NDArray[Any], room: NDArray[np.int64]
     ) -> None:
         self._scored = self.model.num_timesteps
-        obs = self._observations(self.buffer.observations, rows)
+        reading = self.answerer.read(self._observations(self.buffer.observations, rows), keep=False)
         score_questions(
-            self.model.logger, self.answerer, labels, np.arange(len(rows)), obs, actions, room, pictures=self.pictures
+            self.model.logger, self.catalogue, labels, np.arange(len(rows)), reading, actions, room, self.pictures
         )
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:

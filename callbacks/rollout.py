@@ -12,6 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
@@ -265,11 +266,21 @@ class Rollout(Recorder):
 
     def start(self) -> None:
         super().start()
+        self._hidden: list[Floats] = []
+        """What wrappers have made of where each step has led, while they read ahead of the agent."""
         every = self.catalogue.targets
         if len(every) > SHARDS * self._sample:
             self.targets = drawn(every, self._sample, self.model.num_timesteps)
             self.reader = FactReader(self.targets)
             self._read_state()
+
+    def record(self, local: dict[str, Any]) -> None:
+        super().record(local)
+        if self.answerer.reads_ahead:
+            reading = self.answerer.ahead_of(obs_as_tensor(local["new_obs"], self.model.device))
+            if reading is not None:
+                self._newest = reading
+                self._hidden.append(reading.hidden)
 
     def labels(self) -> LabelStore:
         """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
@@ -335,14 +346,20 @@ class Rollout(Recorder):
         super().log(logger)
         n_rows = len(self.store)
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
-        env, step = np.divmod(rows, self.model.rollout_buffer.buffer_size)
         buffer = self.model.rollout_buffer
-        obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
-        memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None
+        env, step = np.divmod(rows, buffer.buffer_size)
+        if (
+            len(self._hidden) == buffer.buffer_size
+        ):  # the first was read by the weights before, and the last is not in the buffer
+            rows, env, step = rows[step > 0], env[step > 0], step[step > 0]
+            reading = self._newest.of_hidden(np.stack([self._hidden[t - 1][e] for t, e in zip(step, env, strict=True)]))
+        else:
+            obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
+            memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None
+            reading = self.answerer.read(obs, memory, keep=False)
         room = flatten_rows(room_until(self._cuts))[rows]
-        score_questions(
-            logger, self.answerer, self.store, rows, obs, self._flat_actions[rows], room, memory, self.pictures
-        )
+        actions = self._flat_actions[rows]
+        score_questions(logger, self.catalogue, self.store, rows, reading, actions, room, self.pictures)
 
     def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""

@@ -106,7 +106,9 @@ def train(args: Args) -> PPO:
         n_epochs=6,
         learning_rate=5e-4,
         gamma=0.9,
-        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, net_arch=[128, 128], qa_net_arch=[256]),
+        policy_kwargs=dict(
+            questions=QUESTIONS, action_names=ACTIONS, net_arch=[128, 128], qa_net_arch=[256], qa_every=1
+        ),
         seed=args.seed,
         device="cpu",
     )

@@ -292,6 +292,7 @@ def train(arm: str, seed: int, timesteps: int) -> tuple[Any, QuestionAnswerer]:
         questions=questions(),
         qa_encoder="text" if arm == "blank" else arm,
         qa_net_arch=[128],
+        qa_every=1,
         qa_coef=4.0,
         features_extractor_class=Objects,
         net_arch=[],

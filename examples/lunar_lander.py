@@ -155,7 +155,7 @@ def train(args: Args) -> PPO:
         gamma=0.99,
         gae_lambda=0.95,
         ent_coef=0.002,
-        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, qa_net_arch=[256]),
+        policy_kwargs=dict(questions=QUESTIONS, action_names=ACTIONS, qa_net_arch=[256], qa_every=1),
         seed=args.seed,
         device="cpu",
     )

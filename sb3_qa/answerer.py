@@ -21,7 +21,7 @@ from sb3_qa.head import QAHead, decode
 from sb3_qa.memory import Memory
 from sb3_qa.panel import Panel
 from sb3_qa.questions import UNTAUGHT, Catalogue, Instance, nearest
-from sb3_qa.taps import plain
+from sb3_qa.taps import Ahead, plain
 from sb3_qa.understanding import Understanding
 from sb3_qa.units import observation_normalizer
 from sb3_qa.values import PointValues
@@ -42,16 +42,21 @@ class Reading:
     :param answerer: who reads
     :param obs: observations as the policy sees them, a batch of arrays or tensors (n, ...)
     :param memory: of a recurrent policy, what it remembers when it sees them; None of others
+    :param ahead: read them as the policy's own pass does, which will be about them next
     :raises QAError: for a recurrent policy without a memory
     """
 
-    def __init__(self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None) -> None:
+    def __init__(
+        self, answerer: QuestionAnswerer, obs: Any, memory: Memory | None = None, *, ahead: bool = False
+    ) -> None:
         policy = self._policy = answerer.policy
         self._head: QAHead = policy.qa_head
-        self._critic: Any = getattr(policy, "critic", None)
+        self._critic: Any = policy.critic if policy.qa_critics else None
         self._obs = obs
         self.memory = memory
         self._after: Memory | None = None
+        self.ahead: Ahead | None = None
+        """What the policy need not compute again."""
         if answerer.recurrent:
             if memory is None:
                 raise QAError(
@@ -61,8 +66,11 @@ class Reading:
             self._latents, self._after = policy.qa_taps.recall(policy, obs, memory)
         elif answerer.target:
             self._head = getattr(policy, policy.qa_target[1]).qa_head
-            self._critic = getattr(policy, "critic_target", None)
+            self._critic = policy.critic_target if policy.qa_critics else None
             self._latents = policy.qa_taps.read_target(policy, obs, *policy.qa_target)
+        elif ahead:
+            self.ahead = policy.qa_taps.read_ahead(policy, obs)
+            self._latents = [latent.numpy() for latent in self.ahead.latents]
         else:
             self._latents = policy.qa_taps.read(policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
@@ -99,11 +107,26 @@ class Reading:
         joined.hidden = np.concatenate([part.hidden for part in readings])
         return joined
 
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether it can stand in one with others, see :meth:`and_of`: answers are made of the latents that have been read."""
+        return self.memory is None and not self._policy.qa_critics
+
+    def and_of(self, other: Reading) -> Reading:
+        """One reading for questions about states and about actions in them, of these states and those of another."""
+        return self.of_hidden(np.concatenate([self.hidden, other.hidden]))
+
     def bare(self) -> Reading:
-        """This reading of a recurrent policy, without the observations and the memory, which are large."""
+        """This reading without the observations and the memory, which are large."""
         bare = copy.copy(self)
-        bare._obs = bare.memory = bare._after = bare._state_logits = None
+        bare._obs = bare.memory = bare._after = bare._state_logits = bare.ahead = None
         return bare
+
+    def of_hidden(self, hidden: Floats) -> Reading:
+        """A reading, for questions, of other states that the same head has read: (n, width)."""
+        other = self.bare()
+        other.hidden = hidden
+        return other
 
     def with_states(self, index: NDArray[np.intp], other: Reading) -> Reading:
         """This reading, for questions about states, with other states at ``index``."""
@@ -250,6 +273,8 @@ class QuestionAnswerer:
             names = [str(n) for n in range(int(policy.action_space.n))]
         self.action_names: list[str] | None = None if names is None else [str(name) for name in names]
         self._understanding: Understanding | None = None
+        self.reads_ahead = False
+        """Whether an agent in training acts next on what is read and kept, and goes on from there: see :meth:`ahead_of`."""
         self._last: tuple[Any, int, Reading] | None = None
         self._warned = False
 
@@ -411,16 +436,24 @@ class QuestionAnswerer:
         last = self._last
         if last is not None and last[1] == version and last[0] == contents and last[2].memory == memory:
             return last[2]
-        reading = Reading(self, self._batch(obs)[0], memory)
+        reading = Reading(self, self._batch(obs)[0], memory, ahead=keep and self.reads_ahead)
         if keep:
             self._last = (contents, version, reading)
         return reading
+
+    def ahead_of(self, obs: Any) -> Reading | None:
+        """The last reading that was kept, where it is of these tensors, by the weights as they are, and ahead of the policy."""
+        if self._last is None or self._last[1] != self.version:
+            return None
+        reading = self._last[2]
+        return reading if reading.ahead is not None and reading.ahead.is_of(obs) else None
 
     def read_both(
         self, obs: Any, memory: Memory | None, others: Any, their_memory: Memory | None
     ) -> tuple[Reading, Reading]:
         """Read two batches of observations, at once where that can be; the first is kept, as by :meth:`read`."""
-        if memory is not None or not isinstance(obs, np.ndarray) or obs.dtype != others.dtype:
+        apart = memory is not None or not isinstance(obs, np.ndarray) or obs.dtype != others.dtype
+        if apart or self.reads_ahead:
             return self.read(obs, memory), self.read(others, their_memory, keep=False)
         both = Reading(self, self._batch(np.concatenate([obs, others]))[0])  # hardly slower than one
         first, second = both.part(slice(len(obs))), both.part(slice(len(obs), None))
@@ -439,6 +472,10 @@ class QuestionAnswerer:
                 return obs, True
             if obs.shape == space.shape:
                 return obs[None], False
+        if isinstance(obs, dict) and isinstance(space, spaces.Dict) and obs.keys() == space.spaces.keys():
+            shapes = {key: (1, *part.shape) for key, part in space.spaces.items() if part.shape}
+            if all(isinstance(x, np.ndarray) and (1, *x.shape[1:]) == shapes.get(key) for key, x in obs.items()):
+                return obs, True
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched

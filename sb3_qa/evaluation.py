@@ -283,7 +283,7 @@ class AnswerRecord:
         """As :meth:`answers`, with where in which episode each decision stands."""
         held = self._hold_against_truth()
         for instance in self.qa.catalogue.instances.values():
-            truth = truths(instance, held.store, self.qa, held.rows, held.room)
+            truth = truths(instance, held.store, self.qa.catalogue, held.rows, held.room)
             truth = np.where(held.room < (instance.horizon or 0), np.float32(np.nan), truth)
             known = ~np.isnan(truth)
             logits = held.logits(self.qa.catalogue.target_of[instance.key])[known]

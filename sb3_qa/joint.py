@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from sb3_qa.head import QAHead
 from sb3_qa.labels import LabelStore
 from sb3_qa.panel import Panel
 from sb3_qa.rare_events import Remembered
+
+if TYPE_CHECKING:
+    from sb3_qa.answerer import QuestionAnswerer
 
 __all__ = ["JointTraining", "attach", "question_losses", "with_gradient"]
 
@@ -136,6 +139,8 @@ class JointTraining:
         self.remember: Callable[[int], tuple[Sequence[torch.Tensor], Remembered] | None] | None = None
         """Draws so many transitions from a memory of rare events, and reads them."""
         self.reads_critics = False
+        self.ahead: QuestionAnswerer | None = None
+        """Reads the observations of a rollout before the agent acts on them; None of an agent that is not being trained so."""
         self.owed: torch.Tensor | None = None
         """The gradient of an actor's latent, when the pass that it belongs to is still to come."""
         self.passed_over = False

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory, is_recurrent
 
-__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Taps", "of_family", "plain", "readout"]
+__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Ahead", "Taps", "going_on_from", "of_family", "plain", "readout"]
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -74,6 +74,25 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Floats], Floats]] = {
     nn.Identity: np.asarray,
 }
 """What :class:`_Dense` computes beside linear layers."""
+
+
+class Ahead(NamedTuple):
+    """What has been read of observations that the policy acts on next."""
+
+    obs: dict[str, torch.Tensor]
+    latents: list[torch.Tensor]
+    """Of each readout, (n, dim)."""
+
+    def is_of(self, obs: Any) -> bool:
+        """Whether it is of these tensors, which lie in memory alike, so that the same would be computed.
+
+        Images of one channel that were transposed in between do not: that channel's stride tells torch which kernel to use.
+        """
+        parts = _parts(obs)
+        return parts.keys() == self.obs.keys() and all(
+            (each.dtype, each.stride()) == (own.dtype, own.stride()) and torch.equal(each, own)
+            for each, own in ((parts[key], own) for key, own in self.obs.items())
+        )
 
 
 class Taps:
@@ -158,6 +177,17 @@ class Taps:
                 return latents
         with torch.no_grad(), _evaluating(policy):
             return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
+
+    def can_read_ahead(self, policy: Any) -> bool:
+        """Whether the policy's own pass can go on from latents that have been read, and :meth:`read` has no faster way."""
+        return self._direct and not self.is_dense and policy.device.type == "cpu"
+
+    def read_ahead(self, policy: Any, obs: Any) -> Ahead:
+        """As :meth:`read`, by the very operations that the policy's own pass does."""
+        tensors = _tensors(policy, obs)
+        with torch.no_grad(), _evaluating(policy):
+            # Copies, as an environment may write its next observations over these.
+            return Ahead({key: each.clone() for key, each in _parts(tensors).items()}, self.tensors(policy, tensors))
 
     def recall(self, policy: Any, obs: Any, memory: Memory) -> tuple[list[Floats], Memory]:
         """As :meth:`read`, of a recurrent policy with its memory; and the memory that these observations are part of.
@@ -380,6 +410,39 @@ def _readouts_of(policy: nn.Module, names: Sequence[str] | None) -> tuple[str, .
     return tuple(names)
 
 
+class _Known(NamedTuple):
+    """Stands for the layers of an actor-critic policy whose latents are known."""
+
+    actor: torch.Tensor
+    critic: torch.Tensor
+
+    def __call__(self, features: None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.actor, self.critic
+
+    def forward_actor(self, features: None) -> torch.Tensor:
+        return self.actor
+
+    def forward_critic(self, features: None) -> torch.Tensor:
+        return self.critic
+
+
+def _no_features(obs: Any) -> tuple[None, None]:
+    return None, None
+
+
+@contextmanager
+def going_on_from(policy: Any, latents: list[torch.Tensor]) -> Iterator[None]:
+    """Let a pass of a policy that can be read ahead begin behind its latents, which are known."""
+    own, modules = policy.__dict__, policy._modules
+    layers, modules["mlp_extractor"] = modules["mlp_extractor"], _Known(*latents)
+    own["extract_features"] = _no_features
+    try:
+        yield
+    finally:
+        modules["mlp_extractor"] = layers
+        del own["extract_features"]
+
+
 class _Dense:
     """A sequence of linear layers and activations, computed with numpy on the parameters where they lie.
 
@@ -453,6 +516,10 @@ def _plain_sequence(policy: Any) -> tuple[str, str] | None:
     return place if isinstance(getattr(network, name, None), nn.Sequential) else None
 
 
+def _parts(obs: Any) -> dict[str, torch.Tensor]:
+    return obs if isinstance(obs, dict) else {"": obs}
+
+
 def _tensors(policy: Any, obs: Any) -> Any:
     return obs_as_tensor(obs, policy.device) if isinstance(obs, (np.ndarray, dict)) else obs
 
@@ -486,8 +553,9 @@ def _evaluating(policy: Any) -> Iterator[None]:
 
 
 def _is_stock(cls: type, name: str) -> bool:
-    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-    return owner is not None and owner.__module__.startswith(("stable_baselines3.", "sb3_contrib."))
+    """Whether a method is SB3's own; that of our policies, around it, aside."""
+    owners = (c.__module__ for c in cls.__mro__ if name in vars(c) and not c.__module__.startswith("sb3_qa.policies"))
+    return next(owners, "").startswith(("stable_baselines3.", "sb3_contrib."))
 
 
 def _blank(space: spaces.Space[Any], device: torch.device) -> Any:

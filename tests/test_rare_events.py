@@ -158,7 +158,7 @@ def test_only_the_head_learns_from_it_and_only_about_its_questions() -> None:
 def test_the_gradient_is_that_of_both_losses_added() -> None:
     torch.set_num_threads(1)
     memory = RareEventMemory(["fall"], weight=0.7)
-    model = agent(qa_trunk_gradient=0.0, qa_coef=0.5)
+    model = agent(qa_trunk_gradient=0.0, qa_coef=0.5, qa_every=1)
     callback = QACallback(memory=memory)
     model.learn(256, callback=callback)
     policy, joint, head = model.policy, model.policy.qa_joint, model.policy.qa_head

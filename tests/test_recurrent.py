@@ -319,12 +319,11 @@ def test_scores_in_the_log_are_of_answers_given_with_what_was_remembered(monkeyp
     n_scored = 0
 
     def checking(
-        logger: Any, answerer: Any, store: Any, rows: Any, obs: Any, actions: Any, room: Any, memory: Any, *more: Any
+        logger: Any, catalogue: Any, store: Any, rows: Any, reading: Any, actions: Any, room: Any, *more: Any
     ) -> None:
         nonlocal n_scored
-        latents, _ = model.policy.qa_taps.recall(model.policy, obs, memory)
         with torch.no_grad():
-            values = model.policy.value_net(torch.as_tensor(latents[1])).numpy()[:, 0]
+            values = model.policy.value_net(torch.as_tensor(reading._latents[1])).numpy()[:, 0]
         env, step = np.divmod(rows, 24)
         np.testing.assert_allclose(values, model.rollout_buffer.values[step, env], atol=1e-5)
         n_scored += len(rows)

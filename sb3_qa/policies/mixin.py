@@ -24,7 +24,7 @@ from sb3_qa.memory import is_recurrent, lstm_arguments
 from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue, nearest
-from sb3_qa.taps import Taps, of_family, readout
+from sb3_qa.taps import Taps, going_on_from, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -82,7 +82,7 @@ class QAPolicyMixin:
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
         drawn at random, where there are more than that, 64 by default; with a rollout buffer
     :param qa_every: one minibatch in so many teaches the questions, and the others cost nothing; by default so many that each transition
-        teaches five times or more where the algorithm goes through all of them as often (PPO's ``n_epochs=10``: 2), and else 1
+        teaches three times or more where the algorithm goes through all of them as often (PPO's ``n_epochs=10``: 3), and else 1
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -150,6 +150,7 @@ class QAPolicyMixin:
             qa_readouts=None if qa_readouts is None else list(qa_readouts),
         )
         self.action_names = self._checked_names(self.qa_kwargs["action_names"])
+        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_taps = Taps(self, qa_readouts)  # type: ignore[arg-type]
         self.qa_critics: Critics | None = None
         few = isinstance(qa_encoder, str) and qa_encoder == "index" and catalogue.n_logits <= MOST_LOGITS
@@ -177,7 +178,6 @@ class QAPolicyMixin:
             for network in (live, target):  # which by itself is saved and loaded as what it was
                 network._register_state_dict_hook(_without_head)
                 network.register_load_state_dict_pre_hook(_with_own_head)
-        self.qa_joint = JointTraining(qa_coef, qa_trunk_gradient)
         self.qa_join()
         LEARNERS.add(self)
 
@@ -231,6 +231,16 @@ class QAPolicyMixin:
         if "eps" in optimizer.defaults:
             group["eps"] = min(optimizer.defaults["eps"], EPS)
         return group
+
+    def forward(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the agent's own. What wrappers have just read of the same observations, while it is being trained, is not computed again."""
+        answerer, reading = self.qa_joint.ahead, None
+        if answerer is not None and not (torch.is_grad_enabled() or self.training):  # type: ignore[attr-defined]
+            reading = answerer.ahead_of(obs)
+        if reading is None or reading.ahead is None:
+            return super().forward(obs, *args, **kwargs)  # type: ignore[misc]
+        with going_on_from(self, reading.ahead.latents):
+            return super().forward(obs, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def qa_heads(self) -> list[QAHead]:

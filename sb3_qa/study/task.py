@@ -60,8 +60,8 @@ class Task:
     """Environments side by side in measurements, which are the faster for more of them; 0: as many as for training."""
     policy: str = "MlpPolicy"
     policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    qa_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"qa_net_arch": [64]})
-    """Of the answering head, the same in every arm."""
+    qa_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"qa_net_arch": [64], "qa_every": 1})
+    """Of the answering head, the same in every arm; every pass over the data teaches it."""
     make_vec: Callable[[int, int], VecEnv] | None = None
     """``(n_envs, seed)`` -> environments, where they are not made of :attr:`make`."""
     oracle: Oracle | None = None

@@ -27,7 +27,7 @@ from sb3_qa.study.task import load_task
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 TASKS = ("navigation", "lander")
-EVERY = (1, 2, 3)
+EVERY = (1, 2, 3, 4)
 
 
 def run(name: str, every: int, seed: int) -> dict[str, float]:
