@@ -139,9 +139,7 @@ class QACallback(BaseCallback):
             config.donated_buffer = False
         if hasattr(model.policy, "_orig_mod"):  # compiled as a whole: it would count the head among what SB3 clips
             object.__setattr__(model.policy, "parameters", self._policy.parameters)
-        answering = any(wrapper.rule.qa is answerer for wrapper, _ in qa_wrappers(model.get_env()))
-        answerer.reads_ahead = answering and not compiled and self._policy.qa_taps.can_read_ahead(self._policy)
-        joint.ahead = answerer if answerer.reads_ahead else None
+        joint.ahead = answerer if not compiled and self._policy.qa_taps.can_read_ahead(self._policy) else None
         joint.reads_critics = self._policy.qa_critics is not None
         joint.learnt = None
         joint.start(self._policy.qa_kwargs["qa_every"] or max(1, getattr(model, "n_epochs", 1) // PASSES))
@@ -202,9 +200,7 @@ class QACallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         joint = self._policy.qa_joint
-        joint.passed_over = False
-        if joint.ahead is not None:
-            joint.ahead.reads_ahead, joint.ahead = False, None
+        joint.passed_over, joint.ahead = False, None
         if isinstance(self._recorder, Replay):
             self._recorder.finish()  # and whoever calls train() by hand goes on learning from the same transitions
         else:

@@ -266,8 +266,8 @@ class Rollout(Recorder):
 
     def start(self) -> None:
         super().start()
-        self._hidden: list[Floats] = []
-        """What wrappers have made of where each step has led, while they read ahead of the agent."""
+        self._read: list[Reading] = []
+        """What wrappers have read of where each step has led, while they read ahead of the agent."""
         every = self.catalogue.targets
         if len(every) > SHARDS * self._sample:
             self.targets = drawn(every, self._sample, self.model.num_timesteps)
@@ -279,8 +279,7 @@ class Rollout(Recorder):
         if self.answerer.reads_ahead:
             reading = self.answerer.ahead_of(obs_as_tensor(local["new_obs"], self.model.device))
             if reading is not None:
-                self._newest = reading
-                self._hidden.append(reading.hidden)
+                self._read.append(reading.bare())
 
     def labels(self) -> LabelStore:
         """Labels of the rollout, in the order of the buffer's rows. Futures that are cut go on by the answerer's own curve."""
@@ -348,11 +347,10 @@ class Rollout(Recorder):
         rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, MOST_SCORED)).astype(np.intp))
         buffer = self.model.rollout_buffer
         env, step = np.divmod(rows, buffer.buffer_size)
-        if (
-            len(self._hidden) == buffer.buffer_size
-        ):  # the first was read by the weights before, and the last is not in the buffer
+        if len(self._read) == buffer.buffer_size:
+            # What the first step was taken on was read by the weights before; where the last has led is not in the buffer.
             rows, env, step = rows[step > 0], env[step > 0], step[step > 0]
-            reading = self._newest.of_hidden(np.stack([self._hidden[t - 1][e] for t, e in zip(step, env, strict=True)]))
+            reading = Reading.joined(self._read).part((step - 1) * buffer.n_envs + env)
         else:
             obs = as_seen(self.model.observation_space, row(buffer.observations, (step, env)))
             memory = Memory.of_buffer(buffer, step, env) if self.answerer.recurrent else None

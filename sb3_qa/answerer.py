@@ -101,7 +101,7 @@ class Reading:
 
     @staticmethod
     def joined(readings: Sequence[Reading]) -> Reading:
-        """One reading of all that recurrent readings are of, without what is remembered after them."""
+        """One reading of all that readings are of, without what is remembered after them."""
         joined = readings[0].bare()
         joined._latents = [np.concatenate(each) for each in zip(*(part._latents for part in readings), strict=True)]
         joined.hidden = np.concatenate([part.hidden for part in readings])
@@ -109,24 +109,14 @@ class Reading:
 
     @property
     def can_be_joined(self) -> bool:
-        """Whether it can stand in one with others, see :meth:`and_of`: answers are made of the latents that have been read."""
+        """Whether it can stand in one with others, see :meth:`joined`: nothing but latents is needed for answers."""
         return self.memory is None and not self._policy.qa_critics
-
-    def and_of(self, other: Reading) -> Reading:
-        """One reading for questions about states and about actions in them, of these states and those of another."""
-        return self.of_hidden(np.concatenate([self.hidden, other.hidden]))
 
     def bare(self) -> Reading:
         """This reading without the observations and the memory, which are large."""
         bare = copy.copy(self)
         bare._obs = bare.memory = bare._after = bare._state_logits = bare.ahead = None
         return bare
-
-    def of_hidden(self, hidden: Floats) -> Reading:
-        """A reading, for questions, of other states that the same head has read: (n, width)."""
-        other = self.bare()
-        other.hidden = hidden
-        return other
 
     def with_states(self, index: NDArray[np.intp], other: Reading) -> Reading:
         """This reading, for questions about states, with other states at ``index``."""
@@ -273,8 +263,6 @@ class QuestionAnswerer:
             names = [str(n) for n in range(int(policy.action_space.n))]
         self.action_names: list[str] | None = None if names is None else [str(name) for name in names]
         self._understanding: Understanding | None = None
-        self.reads_ahead = False
-        """Whether an agent in training acts next on what is read and kept, and goes on from there: see :meth:`ahead_of`."""
         self._last: tuple[Any, int, Reading] | None = None
         self._warned = False
 
@@ -342,6 +330,11 @@ class QuestionAnswerer:
     def questions(self) -> list[str]:
         """Keys of all instances, e.g. ``["crash[k=1]", "crash[k=5]", "speed"]``."""
         return list(self.catalogue.instances)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether an agent in training acts next on what is read and kept, and goes on from there: see :meth:`ahead_of`."""
+        return self.policy.qa_joint.ahead is self
 
     @property
     def version(self) -> int:
@@ -472,10 +465,11 @@ class QuestionAnswerer:
                 return obs, True
             if obs.shape == space.shape:
                 return obs[None], False
-        if isinstance(obs, dict) and isinstance(space, spaces.Dict) and obs.keys() == space.spaces.keys():
-            shapes = {key: (1, *part.shape) for key, part in space.spaces.items() if part.shape}
-            if all(isinstance(x, np.ndarray) and (1, *x.shape[1:]) == shapes.get(key) for key, x in obs.items()):
-                return obs, True
+        in_parts = isinstance(obs, dict) and isinstance(space, spaces.Dict) and obs.keys() == space.spaces.keys()
+        if in_parts and all(
+            isinstance(x, np.ndarray) and x.ndim > 1 and x.shape[1:] == space[key].shape for key, x in obs.items()
+        ):
+            return obs, True
         try:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched

@@ -101,7 +101,8 @@ class Pushed(BaseCallback):
         if self.n_calls % 5 == 0:
             with torch.no_grad():
                 self.model.policy.action_net.weight.add_(0.1)
-                self.model.policy.obs_to_tensor(self.model._last_obs)
+                obs = self.model.policy.obs_to_tensor(self.model._last_obs)[0]
+                self.model.policy.forward({key: x[:1] for key, x in obs.items()} if isinstance(obs, dict) else obs[:1])
         return True
 
 
@@ -157,7 +158,7 @@ def test_scores_in_the_log_are_of_what_wrappers_have_read(observation: str, monk
 def test_what_was_read_counts_for_the_same_observations_and_weights_alone() -> None:
     model = make_model(observation="image").learn(72, callback=QACallback())
     policy, qa = model.policy, QuestionAnswerer.from_model(model)
-    qa.reads_ahead = True
+    policy.qa_joint.ahead = qa
     obs = model.get_env().reset()
     tensor = torch.as_tensor(obs)
     assert qa.ahead_of(tensor) is None

@@ -12,7 +12,7 @@ from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.question_file import is_question_file, load_questions
 from sb3_qa.questions import nearest
@@ -106,7 +106,7 @@ class AnswerRule(Rule):
         # What is asked where the next episodes begin, asked at once.
         if self.values.any_action:
             executed = np.concatenate([executed, first.preferred()])
-        table = self.values.of_step(here.and_of(first), executed, there.and_of(first))
+        table = self.values.of_step(Reading.joined([here, first]), executed, Reading.joined([there, first]))
         self._first = arrival.obs, ended, table[len(here) :]
         return table[: len(here)]
 
