@@ -21,6 +21,7 @@ from sb3_qa.head import MOST_LOGITS, QAHead
 from sb3_qa.joint import JointTraining, with_gradient
 from sb3_qa.language import make_head
 from sb3_qa.memory import is_recurrent, lstm_arguments
+from sb3_qa.policies.distributions import lean
 from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue, nearest
@@ -137,6 +138,8 @@ class QAPolicyMixin:
         catalogue = Catalogue(questions)
         _check_extractor(super().__init__, *args, **kwargs)
         super().__init__(*args, **kwargs)
+        for owner in (self, getattr(self, "actor", None)):
+            lean(getattr(owner, "action_dist", None))
         check_facts(catalogue.questions, self.observation_space)
         self.qa_kwargs: dict[str, Any] = dict(
             questions=list(questions),
