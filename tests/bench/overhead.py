@@ -95,7 +95,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ppo": Case(PPO, "CartPole-v1", 8, 49_152, 1.20),
+    "ppo": Case(PPO, "CartPole-v1", 8, 49_152, 1.05),
     "ppo_alike": Case(
         PPO, "CartPole-v1", 8, 49_152, 1.05, policy_kwargs=dict(optimizer_kwargs=dict(foreach=True)), lean=True
     ),
