@@ -25,4 +25,4 @@ def test_joint_training_is_about_as_fast_as_when_it_was_measured(monkeypatch: py
     clock = time.thread_time
     ratio = min(overhead.joint(case, 2048, clock) / overhead.plain(case, 2048, clock) for _ in range(3))
     del sys.modules["overhead"]
-    assert ratio < measured * ROOM
+    assert 1.0 < ratio < measured * ROOM
