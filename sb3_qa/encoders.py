@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Target
 
-__all__ = ["ActionFeatures", "event_bias", "initial_bias", "initial_rows"]
+__all__ = ["ActionFeatures", "initial_bias", "initial_rows"]
 
 
 def initial_rows(
@@ -29,13 +29,13 @@ def initial_rows(
 
 
 def initial_bias(target: Target) -> float:
-    """Of each logit of a target, before there are labels."""
-    return event_bias(target.width) if target.kind == "event" else 0.0
+    """Of each logit of a target, before there are labels: anything is as likely as not.
 
-
-def event_bias(horizon: int) -> float:
-    """The logit of hazards by which an event is as likely as not within its horizon: 1 - (1 - h)^K = 1/2."""
-    hazard = 1.0 - 0.5 ** (1.0 / horizon)
+    For the hazards h of an event that is within its horizon of K steps: 1 - (1 - h)^K = 1/2.
+    """
+    if target.kind != "event":
+        return 0.0
+    hazard = 1.0 - 0.5 ** (1.0 / target.width)
     return math.log(hazard / (1.0 - hazard))
 
 

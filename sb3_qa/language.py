@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from torch import nn
 
-from sb3_qa.encoders import event_bias
+from sb3_qa.encoders import initial_bias
 from sb3_qa.errors import QAError
 from sb3_qa.head import QAHead, Weights, _Answering
 from sb3_qa.panel import Panel
@@ -238,14 +239,16 @@ class _Inputs(NamedTuple):
     """By kind: of which text each column is, and its weights on the rows along a curve or histogram."""
     order: torch.Tensor | None
     """From the columns kind by kind to those of the panel; None where they are the same."""
-    bias: torch.Tensor
+    base: torch.Tensor
+    """Of each column of the panel: its place among the base rates of questions."""
 
 
 class LanguageHead(QAHead):
     """A head whose rows are made of the words of its questions. See :class:`QAHead` for everything else.
 
-    Rows are a linear function of a text's encoding; encoder and function are learnt by the gradient of the rows. They
-    lie in the head's flat parameter, and are averaged, saved and stepped with it.
+    Rows are a linear function of a text's encoding, and every question has a bias of its own, whatever is in its slots;
+    encoder, function and biases are learnt by the gradient of the rows. They lie in the head's flat parameter, and are
+    averaged, saved and stepped with it.
     """
 
     pace = 1.0  # what makes rows from words is deeper than rows are
@@ -271,16 +274,41 @@ class LanguageHead(QAHead):
         longest = max((t.width for t in targets if t.kind == "event"), default=1)
         self.n_knots = {"event": 1 + math.ceil(math.log2(longest)), "number": KNOTS, "yesno": 1, "choice": 1}
         self.kinds = sorted({target.kind for target in targets})
-        self._widest = {target.question.name: target.width for target in targets}
         makers = [(self.n_knots[kind] * (self.width + 1), ENCODING) for kind in self.kinds]
-        self._row_shapes = [*self.words.shapes, *makers]
+        self._base_of: dict[str, slice] = {}
+        """Where the biases of a question lie, by its name: one for all steps of an event, one for each option or atom."""
+        base: list[float] = []
+        for target in sorted(self.catalogue.target_of.values(), key=lambda each: -each.width):
+            if target.question.name not in self._base_of:
+                biases = [initial_bias(target)] * _n_biases(target)
+                self._base_of[target.question.name] = slice(len(base), len(base) + len(biases))
+                base += biases
+        self._row_shapes = [*self.words.shapes, *makers, (len(base),)]
         self._sizes = [math.prod(shape) for shape in self._row_shapes]
         first = [*self.words.initial(generator), *(torch.randn(s, generator=generator) * 0.01 for s in makers)]
+        first.append(torch.tensor(base))
         self._everything: Panel | None = None
         return torch.cat([part.flatten() for part in first])
 
     def begin_with(self, biases: Mapping[int, Any]) -> None:
-        """Nothing is done: a bias made of words is not a single question's."""
+        """See :meth:`QAHead.begin_with`; here a question begins with the mean of the rates of all that was put in its slots."""
+        rates: dict[str, list[torch.Tensor]] = {}
+        for target in self.catalogue.targets:
+            if target.start in biases:
+                bias = torch.from_numpy(biases[target.start][: _n_biases(target)])
+                rates.setdefault(target.question.name, []).append(bias.sigmoid() if len(bias) == 1 else bias.softmax(0))
+        with torch.no_grad():
+            base = self._made_of(self.flat.detach())[-1]
+            for name, each in rates.items():
+                rate = torch.stack(each).mean(0)
+                base[self._base_of[name]] = rate.logit() if len(rate) == 1 else rate.log()
+            self.average.copy_(self.flat)
+        self.followed()
+
+    def _made_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """What rows are made of, as views of the flat weights or of their first part: the encoder's, by kind, biases."""
+        made_of = flat[: self._places[0][1]]
+        return [w.view(s) for w, s in zip(made_of.split(self._sizes), self._row_shapes, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_everything": None}
@@ -297,7 +325,7 @@ class LanguageHead(QAHead):
 
     def readout_of(self, made_of: torch.Tensor, panel: Panel) -> torch.Tensor:
         inputs = self._prepared(panel)
-        parts = [w.view(s) for w, s in zip(made_of.split(self._sizes), self._row_shapes, strict=True)]
+        *parts, base = self._made_of(made_of)
         n_own = len(self.words.shapes)
         encodings = self.words.encode(parts[:n_own], inputs.prepared)
         makers = dict(zip(self.kinds, parts[n_own:], strict=True))
@@ -308,14 +336,13 @@ class LanguageHead(QAHead):
         readout = torch.cat(rows) if len(rows) > 1 else rows[0]
         if inputs.order is not None:
             readout = readout[inputs.order]
-        return readout * ROW_SCALE + inputs.bias
+        return readout * ROW_SCALE + nn.functional.pad(base[inputs.base][:, None], (self.width, 0))
 
     def encodings(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encodings of texts by the weights that answer, (n, ENCODING)."""
         self._follow_by_hand()
-        made_of = self.average[: self._places[0][1]]
-        weights = [w.view(s) for w, s in zip(made_of.split(self._sizes), self._row_shapes, strict=True)]
-        prepared = tuple(x.to(made_of.device) for x in self.words.prepare(texts))
+        weights = self._made_of(self.average)
+        prepared = tuple(x.to(self.average.device) for x in self.words.prepare(texts))
         with torch.no_grad():
             made: NDArray[np.float32] = self.words.encode(weights[: len(self.words.shapes)], prepared).cpu().numpy()
         return made
@@ -334,7 +361,7 @@ class LanguageHead(QAHead):
                 by_kind.setdefault((target.kind, width), []).append((n, target))
         parts: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []
         columns: list[NDArray[np.intp]] = []
-        bias = torch.zeros(panel.n_logits, self.width + 1)
+        base = torch.zeros(panel.n_logits, dtype=torch.int64)
         for (kind, width), members in by_kind.items():
             texts = torch.tensor([number[words_of(target)[n]] for n, target in members])
             along = None
@@ -346,13 +373,14 @@ class LanguageHead(QAHead):
             for n, target in members:
                 start = target.start + (n if kind == "choice" else 0)
                 columns.append(np.arange(start, start + width))
-                if kind == "event":
-                    bias[start : start + width, -1] = event_bias(self._widest.get(target.question.name, width))
             parts.append((kind, texts.to(device), None if along is None else along.to(device)))
+        for target in panel.targets:
+            place = self._base_of[target.question.name]
+            base[target.start : target.stop] = torch.arange(place.start, place.stop)
         order = np.argsort(np.concatenate(columns), kind="stable")
         same = bool((order == np.arange(len(order))).all())
         prepared = tuple(x.to(device) for x in self.words.prepare(list(number)))
-        inputs = _Inputs(prepared, parts, None if same else torch.from_numpy(order).to(device), bias.to(device))
+        inputs = _Inputs(prepared, parts, None if same else torch.from_numpy(order).to(device), base.to(device))
         panel.inputs = device, inputs
         return inputs
 
@@ -394,6 +422,10 @@ def make_head(
     raise QAError(
         f"qa_encoder got {encoder!r}; expected 'index', 'text', 'sentence', or a callable from a list of texts to a tensor; leave it out"
     )
+
+
+def _n_biases(target: Target) -> int:
+    return 1 if target.kind in ("event", "yesno") else target.width
 
 
 def _is_number(word: str) -> bool:

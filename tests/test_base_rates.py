@@ -119,17 +119,37 @@ def test_without_labels_nothing_changes() -> None:
             assert bias == pytest.approx(np.full(target.width, bias[0]))
 
 
+@pytest.mark.parametrize("encoder", ["index", "text"])
 @pytest.mark.parametrize("algorithm", [PPO, DQN])
-def test_the_first_answers_are_base_rates(algorithm: Any) -> None:
+def test_the_first_answers_are_base_rates(algorithm: Any, encoder: str) -> None:
     # The learning rate is so small that nothing else is learnt.
     more = dict(n_steps=4096) if algorithm is PPO else dict(learning_starts=4090, train_freq=4)
-    model = algorithm(
-        "QAMlpPolicy", Weather(), policy_kwargs=dict(questions=QUESTIONS), seed=0, learning_rate=1e-9, **more
-    )
+    kwargs = dict(questions=QUESTIONS, qa_encoder=encoder)
+    model = algorithm("QAMlpPolicy", Weather(), policy_kwargs=kwargs, seed=0, learning_rate=1e-9, **more)
     model.learn(4096, callback=QACallback())
     assert_base_rates(QuestionAnswerer.from_model(model), 0.04)
     if algorithm is DQN:
         assert_base_rates(QuestionAnswerer.from_model(model, target=True), 0.04)
+
+
+def test_a_template_begins_with_the_rate_of_all_its_instances() -> None:
+    # Also where an instance is never taught, or asked with values that were not listed.
+    rain = Question(
+        "Is it {much} wetter than {less}?",
+        now(lambda step: step.info["rain"]),
+        name="wet",
+        much=[1, 2, 3],
+        less=[1, 2],
+        holdout=["wet[much=3][less=2]"],
+    )
+    kwargs = dict(questions=[rain, *QUESTIONS], qa_encoder="text")
+    model = PPO("QAMlpPolicy", Weather(), policy_kwargs=kwargs, seed=0, learning_rate=1e-9, n_steps=4096)
+    assert QuestionAnswerer.from_model(model).ask("wet[much=1][less=1]", np.zeros(2)).probability > 0.4
+    model.learn(4096, callback=QACallback())
+    answerer = QuestionAnswerer.from_model(model)
+    for question in ["wet[much=1][less=1]", "wet[much=3][less=2]", "Is it 2.5 wetter than 1.5?"]:
+        assert answerer.ask(question, np.zeros(2)).probability == pytest.approx(mixed(0.3, 0.5), abs=0.04)
+    assert_base_rates(answerer, 0.04)
 
 
 def test_what_has_been_learnt_stays(tmp_path: Any) -> None:
@@ -142,11 +162,10 @@ def test_what_has_been_learnt_stays(tmp_path: Any) -> None:
     assert before.equal(loaded.policy.qa_head.flat.detach())
 
 
-@pytest.mark.parametrize("how", [dict(qa_coef=0.0), dict(qa_encoder="text")], ids=["coef=0", "text"])
-def test_heads_that_do_not_learn_or_are_made_of_words_are_left_alone(how: Any) -> None:
-    model = PPO(
-        "QAMlpPolicy", Weather(), policy_kwargs=dict(questions=QUESTIONS, **how), seed=0, n_steps=256, learning_rate=0.0
-    )
+@pytest.mark.parametrize("encoder", ["index", "text"])
+def test_heads_that_do_not_learn_are_left_alone(encoder: str) -> None:
+    kwargs = dict(questions=QUESTIONS, qa_encoder=encoder, qa_coef=0.0)
+    model = PPO("QAMlpPolicy", Weather(), policy_kwargs=kwargs, seed=0, n_steps=256, learning_rate=0.0)
     before = model.policy.qa_head.flat.detach().clone()
     model.learn(256, callback=QACallback())
     assert before.equal(model.policy.qa_head.flat.detach())

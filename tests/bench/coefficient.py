@@ -43,17 +43,25 @@ TASKS: dict[str, tuple[Any, dict[str, Any], Any]] = {
         [(A2C, {}), (PPO, dict(n_epochs=4, n_steps=256))], [IdentityEnvMultiBinary, IdentityEnvMultiDiscrete]
     )
 }
-COEFFICIENTS = [None, 0.02, 0.1, 0.5]  # None: plain SB3
+COLUMNS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "0.02": dict(qa_coef=0.02),
+    "0.1": dict(qa_coef=0.1),
+    "0.5": dict(qa_coef=0.5),
+    "0.1, text": dict(qa_coef=0.1, qa_encoder="text"),
+    "0.5, text": dict(qa_coef=0.5, qa_encoder="text"),
+}
 
 
-def run(task: str, coefficient: float | None, seed: int) -> float:
+def run(task: str, column: str, seed: int) -> float:
     """Mean return."""
     algorithm, given, make = TASKS[task]
     env = DummyVecEnv([lambda: make(4)])
-    name = "MlpPolicy" if coefficient is None else "QAMlpPolicy"
-    kwargs = {} if coefficient is None else dict(questions=QUESTIONS, qa_coef=coefficient)
+    qa = COLUMNS[column]
+    name = "MlpPolicy" if qa is None else "QAMlpPolicy"
+    kwargs = {} if qa is None else dict(questions=QUESTIONS, **qa)
     model = algorithm(name, env, gamma=0.4, learning_rate=0.002, seed=seed, policy_kwargs=kwargs, **given)
-    model.learn(1200, callback=None if coefficient is None else QACallback())
+    model.learn(1200, callback=None if qa is None else QACallback())
     return float(evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0])
 
 
@@ -63,21 +71,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["task"], row["coefficient"], row["seed"]): row["return"] for row in rows}
-    for seed, task, coefficient in itertools.product(range(args.seeds), TASKS, COEFFICIENTS):
-        if (task, coefficient, seed) not in done:
-            done[task, coefficient, seed] = value = run(task, coefficient, seed)
+    done = {(row["task"], row["column"], row["seed"]): row["return"] for row in rows}
+    for seed, task, column in itertools.product(range(args.seeds), TASKS, COLUMNS):
+        if (task, column, seed) not in done:
+            done[task, column, seed] = value = run(task, column, seed)
             with RESULTS.open("a") as file:
-                file.write(
-                    json.dumps({"task": task, "coefficient": coefficient, "seed": seed, "return": round(value, 2)})
-                    + "\n"
-                )
-    print("| | " + " | ".join("plain" if c is None else f"{c:g}" for c in COEFFICIENTS) + " |")
-    print("|---" * (len(COEFFICIENTS) + 1) + "|")
+                file.write(json.dumps({"task": task, "column": column, "seed": seed, "return": round(value, 2)}) + "\n")
+    print("| | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
     for task in TASKS:
         cells = []
-        for coefficient in COEFFICIENTS:
-            values = np.array([done[task, coefficient, seed] for seed in range(args.seeds)])
+        for column in COLUMNS:
+            values = np.array([done[task, column, seed] for seed in range(args.seeds)])
             means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
             low, high = np.quantile(means, [0.025, 0.975])
             cells.append(f"{values.mean():.0f} [{low:.0f}, {high:.0f}]")

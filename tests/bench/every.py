@@ -16,6 +16,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +31,20 @@ TASKS = ("navigation", "lander")
 EVERY = (1, 2, 3, 4)
 
 
-def run(name: str, every: int, seed: int) -> dict[str, float]:
-    """Train an agent and its head, and let it play and answer."""
+def run(name: str, arm: str, seed: int, **qa_kwargs: Any) -> dict[str, float]:
+    """Train an arm of a task with other settings of its questions, and let it play and answer."""
     task = load_task(name)
-    task = replace(task, qa_kwargs={**task.qa_kwargs, "qa_every": every})
+    task = replace(task, qa_kwargs={**task.qa_kwargs, **qa_kwargs})
     started = time.process_time()
-    trained = train_arm(task, "detached", seed)
+    trained = train_arm(task, arm, seed)
     seconds = time.process_time() - started
-    assert trained.answerer is not None
-    record = AnswerRecord(trained.answerer)
-    play(task, trained.model, TEST_SEED, record=record)
-    skill = np.nanmean([scores["skill"] for scores in answers(record).values()])
-    return {"skill": round(float(skill), 4), "cpu_seconds": round(seconds, 1)}
+    record = None if trained.answerer is None else AnswerRecord(trained.answerer)
+    played = play(task, trained.model, TEST_SEED, record=record)
+    row = {"return": round(float(np.mean(played.returns)), 2), "cpu_seconds": round(seconds, 1)}
+    if record is not None:
+        skill = np.nanmean([scores["skill"] for scores in answers(record).values()])
+        row["skill"] = round(float(skill), 4)
+    return row
 
 
 def main() -> None:
@@ -53,7 +56,12 @@ def main() -> None:
     done = {(row["task"], row["every"], row["seed"]): row for row in rows}
     for seed, task, every in itertools.product(range(args.seeds), TASKS, EVERY):
         if (task, every, seed) not in done:
-            done[task, every, seed] = row = {"task": task, "every": every, "seed": seed, **run(task, every, seed)}
+            done[task, every, seed] = row = {
+                "task": task,
+                "every": every,
+                "seed": seed,
+                **run(task, "detached", seed, qa_every=every),
+            }
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     print("| task | " + " | ".join(f"`qa_every={every}`" for every in EVERY) + " |")
