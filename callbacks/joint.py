@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -142,7 +144,7 @@ class QACallback(BaseCallback):
         joint.ahead = answerer if not compiled and self._policy.qa_taps.can_read_ahead(self._policy) else None
         joint.reads_critics = self._policy.qa_critics is not None
         joint.learnt = None
-        joint.start(self._policy.qa_kwargs["qa_every"] or max(1, getattr(model, "n_epochs", 1) // PASSES))
+        joint.start(_every(model, self._policy.qa_kwargs["qa_every"]))
         label_rows(self._buffer, joint)
         if isinstance(model, OnPolicyAlgorithm):
             self._recorder = Rollout(model, answerer, self.memory)
@@ -266,3 +268,16 @@ def _check_horizons(catalogue: Catalogue, n_steps: int) -> None:
                 f"question {name!r} asks {operator}() over {target.horizon} steps, a rollout has n_steps={n_steps}; expected no more, as "
                 f"its truth would never be known; give the algorithm n_steps={target.horizon * 4} or ask about fewer steps"
             )
+
+
+def _every(model: BaseAlgorithm, given: int | None) -> int:
+    """Of how many minibatches one teaches the questions."""
+    delay = getattr(model, "policy_delay", 1)
+    if given is None:  # a replay buffer hands out as often, but there what teaches more rarely is known later
+        return max(1, getattr(model, "n_epochs", 1) // PASSES)
+    if math.gcd(given, delay) > 1:
+        raise QAError(
+            f"qa_every got {given} with policy_delay={delay}; expected numbers without a common factor, as the minibatches that teach "
+            f"would never be those in which the actor takes a step; give qa_every={given - 1}, or leave it out"
+        )
+    return given

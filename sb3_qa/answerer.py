@@ -141,6 +141,8 @@ class Reading:
         :param panel: of which questions, all if None
         :return: (n, n_columns) or (n, m, n_columns)
         """
+        if not self._policy.qa_critics:
+            return self._head.action_logits(self.hidden, actions, panel)
         if actions is None:
             space = self._policy.action_space
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))

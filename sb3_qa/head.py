@@ -318,12 +318,13 @@ class QAHead(nn.Module):
         return self._logits(np.tanh(hidden) if w.layers else hidden, w.states)
 
     def action_logits(
-        self, hidden: Floats, actions: NDArray[Any], panel: Panel | None = None, critics: Floats | None = None
+        self, hidden: Floats, actions: NDArray[Any] | None, panel: Panel | None = None, critics: Floats | None = None
     ) -> Floats:
         """Logits of the questions about actions.
 
         :param hidden: (n, width)
-        :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each
+        :param actions: (n, *action_shape), or (n, m, *action_shape) for m candidates each; None for all of a discrete space, where no
+            critics are read
         :param panel: of which questions, all if None
         :param critics: latents of the critics, if they are read: (n, sum(critic_dims)), or (n, m, ...)
         :return: (n, n_logits - n_state), or (n, m, ...)
@@ -382,9 +383,11 @@ class QAHead(nn.Module):
         logits += w.bias
         return logits
 
-    def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any], critics: Floats | None) -> Floats:
+    def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any] | None, critics: Floats | None) -> Floats:
         """``hidden`` with the actions added in: (n, width), or (n, m, width)."""
         assert self.action_features is not None
+        if actions is None:  # each action is a row
+            return np.asarray(hidden[:, None] + w.action)
         features = self.action_features(actions)
         added: Floats = (features if critics is None else np.concatenate([features, critics], axis=-1)) @ w.action
         added += hidden[:, None] if added.ndim == 3 else hidden

@@ -52,7 +52,10 @@ class PointValues:
                 runs.append((column, target.start, target.start + length, operator == "always"))
             else:
                 self._rest.append((column, instance, target.start, target.stop))
-        self._columns, self._first, self._last = (np.array([run[n] for run in runs], np.intp) for n in range(3))
+        self._columns, first, last = (np.array([run[n] for run in runs], np.intp) for n in range(3))
+        self._start, self._stop = (int(first.min()), int(last.max())) if runs else (0, 0)
+        """Between which columns all runs lie, and where each does in between."""
+        self._first, self._last = first - self._start, last - self._start
         self._sign = np.array([1.0 if run[3] else -1.0 for run in runs])
         self._offset = np.array([1.0 if run[3] else 0.0 for run in runs])
 
@@ -65,9 +68,7 @@ class PointValues:
 
         For candidates (n, m, *action_shape), or None for all of a discrete space: (n, m, n_keys).
         """
-        logits = reading.action_logits(actions, self.panel)
-        blank = np.zeros((*logits.shape[:-1], self.n_state), np.float32)
-        return self._read(np.concatenate([blank, logits], axis=-1))
+        return self._read(reading.action_logits(actions, self.panel), self.n_state)
 
     def of_states_and_actions(
         self, reading: Reading, index: NDArray[np.intp], actions: NDArray[Any] | None
@@ -95,11 +96,13 @@ class PointValues:
         assert actions is not None
         return self._read(before.step_logits(actions, after, self.panel))
 
-    def _read(self, logits: Floats) -> Floats:
+    def _read(self, logits: Floats, skipped: int = 0) -> Floats:
+        """From all columns but the first ones, which are skipped."""
         if len(self._columns):
-            # log(1 - sigmoid(x)) = -softplus(x), summed up along all columns: a run is a difference of two sums.
-            alive = np.zeros((*logits.shape[:-1], logits.shape[-1] + 1))
-            np.cumsum(np.logaddexp(np.float32(0.0), logits), axis=-1, out=alive[..., 1:])
+            # log(1 - sigmoid(x)) = -softplus(x), summed up along the columns: a run is a difference of two sums.
+            hazards = logits[..., self._start - skipped : self._stop - skipped]
+            alive = np.zeros((*hazards.shape[:-1], hazards.shape[-1] + 1))
+            np.cumsum(np.logaddexp(np.float32(0.0), hazards), axis=-1, out=alive[..., 1:])
             gone = np.expm1(alive.take(self._first, axis=-1) - alive.take(self._last, axis=-1))  # -P(it comes)
             gone *= self._sign
             gone += self._offset
@@ -109,5 +112,5 @@ class PointValues:
         if len(self._columns):
             values[..., self._columns] = gone
         for column, instance, start, stop in self._rest:
-            values[..., column] = decode(instance, logits[..., start:stop]).value
+            values[..., column] = decode(instance, logits[..., start - skipped : stop - skipped]).value
         return values

@@ -48,7 +48,9 @@ class Pushed(gym.ActionWrapper[Any, Any, Any]):
         return np.int64(action[0] > 0.0)
 
 
-def train_off_policy(algorithm: Any, env: Any, text: str, steps: int, seed: int, **kwargs: Any) -> Any:
+def train_off_policy(
+    algorithm: Any, env: Any, text: str, steps: int, seed: int, qa_every: int | None = None, **kwargs: Any
+) -> Any:
     """From a replay buffer: a time limit of 30, horizons up to 40."""
     question = Question(text, eventually("hit", within="k"), k=HORIZONS, name="hit")
     envs = DummyVecEnv([env for _ in range(16)])
@@ -62,7 +64,7 @@ def train_off_policy(algorithm: Any, env: Any, text: str, steps: int, seed: int,
         train_freq=1,
         buffer_size=50_000,
         learning_starts=1000,
-        policy_kwargs=dict(questions=[question], net_arch=[64, 64]),
+        policy_kwargs=dict(questions=[question], net_arch=[64, 64], qa_every=qa_every),
         **kwargs,
     )
     return model.learn(steps, callback=QACallback())
@@ -75,13 +77,13 @@ def answers(model: Any, cells: int) -> np.ndarray:
     return np.stack([qa.ask(f"hit[k={k}]", obs).probability for k in HORIZONS], axis=-1)
 
 
-def check_random_walk(steps: int, seed: int, algorithm: Any = PPO) -> float:
+def check_random_walk(steps: int, seed: int, algorithm: Any = PPO, qa_every: int | None = None) -> float:
     text = "Will I be at the edge within {k} steps?"
     if algorithm is PPO:
         told = answers(train(RandomWalk, text, steps, seed), 11)
     else:
         env: Any = (lambda: Pushed(RandomWalk())) if algorithm is SAC else RandomWalk
-        told = answers(train_off_policy(algorithm, env, text, steps, seed), 11)
+        told = answers(train_off_policy(algorithm, env, text, steps, seed, qa_every), 11)
     walk = RandomWalk()
     known = np.stack([walk.probability_within(k)[1:] for k in HORIZONS], axis=-1)
     assert (np.diff(told, axis=-1) >= 0).all(), "a longer horizon answered below a shorter one"

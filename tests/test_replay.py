@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import DQN, SAC, HerReplayBuffer
+from stable_baselines3 import DQN, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -453,3 +453,32 @@ def test_the_gradient_is_that_of_the_sum_of_the_losses(algorithm: Any) -> None:
     loss.backward()
     for mine, by_hand in zip(attached, gradients(), strict=True):
         torch.testing.assert_close(mine, by_hand, atol=1e-6, rtol=1e-4)
+
+
+UPRIGHT = Question(
+    "Will it be upright within 2 steps if I choose {action}?",
+    eventually(lambda step: step.obs[0] > 0, within=2),
+    name="up",
+)
+
+
+@pytest.mark.parametrize(("algorithm", "every"), [(SAC, None), (SAC, 4), (TD3, None), (TD3, 3), (DQN, 2)], ids=str)
+def test_one_minibatch_in_so_many_teaches_the_questions(algorithm: Any, every: int | None) -> None:
+    env: Any = "CartPole-v1" if algorithm is DQN else "Pendulum-v1"
+    kwargs = dict(questions=[UPRIGHT], net_arch=[8], qa_every=every)
+    model = algorithm("QAMlpPolicy", env, learning_starts=40, seed=0, policy_kwargs=kwargs)
+    model.learn(80, callback=QACallback())
+    assert model._n_updates >= 10
+    assert model.policy.qa_head.n_updates.item() == -(-model._n_updates // (every or 1))
+
+
+def test_the_actor_is_shaped_though_it_takes_fewer_steps() -> None:
+    def trained(**qa: Any) -> Any:
+        kwargs = dict(questions=[UPRIGHT], net_arch=[8])
+        model = TD3("QAMlpPolicy", "Pendulum-v1", policy_kwargs={**kwargs, **qa}, learning_starts=40, seed=0)
+        return model.learn(80, callback=QACallback()).policy
+
+    alone = [trained(qa_trunk_gradient=share, qa_readouts=["actor.mu"]) for share in (0.0, 1.0)]
+    assert not any(a.equal(b) for a, b in zip(*(list(p.actor.parameters()) for p in alone), strict=True))
+    with pytest.raises(QAError, match=r"qa_every got 4 with policy_delay=2.*give qa_every=3"):
+        trained(qa_every=4)

@@ -229,6 +229,11 @@ def plain(action: Any) -> Any:
     return action.item() if isinstance(action, np.generic) or np.ndim(action) == 0 else np.array(action)
 
 
+def plain_rows(actions: NDArray[Any]) -> list[Any]:
+    """The same of the actions of a batch."""
+    return actions.tolist() if actions.ndim == 1 else [np.array(action) for action in actions]
+
+
 def no_action(space: spaces.Space[Any]) -> Any:
     """What stands for the action in the info of a reset, where there is none: -1, or nans in the shape of a box."""
     if isinstance(space, spaces.Box):

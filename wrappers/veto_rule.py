@@ -23,7 +23,7 @@ from sb3_qa.wrappers.evidence import Evidence
 from sb3_qa.wrappers.guard import guard_of
 from sb3_qa.wrappers.judged import Judged, verdict
 from sb3_qa.wrappers.restraint import Restraint
-from sb3_qa.wrappers.shell import QA, Arrival, Info, no_action, plain
+from sb3_qa.wrappers.shell import QA, Arrival, Info, no_action, plain_rows
 from sb3_qa.wrappers.substitutes import (
     Bools,
     Fallback,
@@ -321,15 +321,18 @@ class VetoRule(AnswerRule):
             risk.tolist(),
             flagged.tolist(),
             vetoed.tolist(),
+            plain_rows(proposed),
+            plain_rows(executed),
             judged.unsafe.tolist(),
             strict=True,
         )
-        for i, (info, told, r, flag, veto, unsafe) in enumerate(rows):
+        by_other = self._by_other
+        for i, (info, told, r, flag, veto, before, after, unsafe) in enumerate(rows):
             veto = veto or bool(info.get("qa/vetoed", False))
-            info.update(told, **verdict(r, flag, veto, plain(proposed[i]), plain(executed[i]), unsafe))
+            info.update(told, **verdict(r, flag, veto, before, after, unsafe))
             if judged.decision is not None:
                 info.update(self.restraint.told(i, judged.decision))
-            if self._by_other:
+            if by_other:
                 info["qa/substitute_catastrophe"] = bool(
                     judged.substitute_flagged is not None and judged.substitute_flagged[i]
                 )
@@ -393,6 +396,10 @@ class VetoRule(AnswerRule):
 
     def _index(self, actions: NDArray[Any]) -> NDArray[np.intp]:
         assert self._listed is not None
+        if isinstance(self.space, spaces.Discrete) and actions.dtype.kind in "iu":
+            index = actions - self.space.start
+            if ((index >= 0) & (index < self.space.n)).all():
+                return index
         same = (actions.reshape(len(actions), 1, -1) == self._listed.reshape(1, len(self._listed), -1)).all(axis=2)
         if not same.any(axis=1).all():
             raise QAError(

@@ -83,7 +83,8 @@ class QAPolicyMixin:
     :param qa_sample: how many targets (questions with one value of every slot; an event's horizons are one) a gradient step asks,
         drawn at random, where there are more than that, 64 by default; with a rollout buffer
     :param qa_every: one minibatch in so many teaches the questions, and the others cost nothing; by default so many that each transition
-        teaches three times or more where the algorithm goes through all of them as often (PPO's ``n_epochs=10``: 3), and else 1
+        teaches three times or more where the algorithm goes through all of them as often (PPO's ``n_epochs=10``: 3), and else 1;
+        without a common factor with ``policy_delay`` (of TD3 and CrossQ), as else the actor would never be shaped
     :param action_names: names of the actions of a discrete action space, for texts; found in the environment if it has them
     :param qa_readouts: names of the policy's last layers, whose inputs the head reads, e.g. ``["actor.mu"]``; known for the
         algorithms of SB3 and sb3-contrib
@@ -169,7 +170,7 @@ class QAPolicyMixin:
             seed,
             self.qa_critics.dims if self.qa_critics else (),
         )
-        self.qa_head.to(self.device)  # type: ignore[attr-defined]
+        self.qa_head.to(super().device)  # type: ignore[misc]
         self.qa_target = of_family(TARGETS, type(self))
         """Names of the network that carries the head and of its target, which carries a target head."""
         if self.qa_target is not None:
@@ -249,6 +250,13 @@ class QAPolicyMixin:
     def qa_heads(self) -> list[QAHead]:
         """The head, and that of the target network if there is one."""
         return [self.qa_head, *([] if self.qa_target is None else [getattr(self, self.qa_target[1]).qa_head])]
+
+    @property
+    def device(self) -> torch.device:
+        """As SB3's, which looks for a parameter whenever ``predict()`` is called; the head is where the agent is."""
+        head = self.__dict__.get("qa_head", self._modules.get("qa_head"))  # type: ignore[attr-defined]
+        device: torch.device = super().device if head is None else head.flat.device  # type: ignore[misc]
+        return device
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""

@@ -2,10 +2,14 @@
 
 PPO on two tasks of the study, with their questions and hyperparameters (eight epochs). No gradient goes into the trunk, so that the agent
 is the same, bit for bit, whatever ``qa_every``: *skill* is the share of the best constant answer's error that the answers remove
-on 200 fresh episodes with sampled actions, averaged over the questions. One line of JSON for each run; runs that are there already
-are not repeated.
+on 200 fresh episodes with sampled actions, averaged over the questions.
 
-    python tests/bench/every.py            # runs what is missing, prints the table
+DQN and SAC on a random walk with exactly known probabilities, as in ``tests/test_known_answers.py``, where each transition is handed out
+16 times: *error* is the mean absolute one of all answers, early and late.
+
+One line of JSON for each run; runs that are there already are not repeated.
+
+    python tests/bench/every.py            # runs what is missing, prints the tables
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +25,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3 import DQN, SAC
 
 from sb3_qa.evaluation import AnswerRecord
 from sb3_qa.study.arms import train_arm
 from sb3_qa.study.measure import TEST_SEED, answers, play
 from sb3_qa.study.task import load_task
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_known_answers import check_random_walk
+
 RESULTS = Path(__file__).with_suffix(".jsonl")
 TASKS = ("navigation", "lander")
 EVERY = (1, 2, 3, 4)
+WALKS = {f"{each.__name__}, {steps:,} steps": (each, steps) for each in (DQN, SAC) for steps in (15_000, 48_000)}
+EVERY_REPLAYED = (1, 2, 4, 8)
 
 
 def run(name: str, arm: str, seed: int, **qa_kwargs: Any) -> dict[str, float]:
@@ -54,26 +65,33 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {(row["task"], row["every"], row["seed"]): row for row in rows}
-    for seed, task, every in itertools.product(range(args.seeds), TASKS, EVERY):
+    cells = [*itertools.product(TASKS, EVERY), *itertools.product(WALKS, EVERY_REPLAYED)]
+    for seed, (task, every) in itertools.product(range(args.seeds), cells):
         if (task, every, seed) not in done:
-            done[task, every, seed] = row = {
-                "task": task,
-                "every": every,
-                "seed": seed,
-                **run(task, "detached", seed, qa_every=every),
-            }
+            done[task, every, seed] = row = {"task": task, "every": every, "seed": seed}
+            if task in TASKS:
+                row |= run(task, "detached", seed, qa_every=every)
+            else:
+                algorithm, steps = WALKS[task]
+                started = time.process_time()
+                row["error"] = round(check_random_walk(steps, seed, algorithm, every), 4)
+                row["cpu_seconds"] = round(time.process_time() - started, 1)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    print("| task | " + " | ".join(f"`qa_every={every}`" for every in EVERY) + " |")
-    print("|---" * (len(EVERY) + 1) + "|")
-    for task in TASKS:
-        cells = []
-        for every in EVERY:
-            skill, seconds = (
-                [done[task, every, seed][key] for seed in range(args.seeds)] for key in ("skill", "cpu_seconds")
-            )
-            cells.append(f"{np.mean(skill):.3f} ({min(skill):.3f} to {max(skill):.3f}), {np.mean(seconds):.0f} s")
-        print(f"| {task} | " + " | ".join(cells) + " |")
+    for figure, tasks, columns in (("skill", TASKS, EVERY), ("error", WALKS, EVERY_REPLAYED)):
+        print(f"| {figure} | " + " | ".join(f"`qa_every={every}`" for every in columns) + " |")
+        print("|---" * (len(columns) + 1) + "|")
+        for task in tasks:
+            texts = []
+            for every in columns:
+                values, seconds = (
+                    [done[task, every, seed][key] for seed in range(args.seeds)] for key in (figure, "cpu_seconds")
+                )
+                texts.append(
+                    f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}), {np.mean(seconds):.0f} s"
+                )
+            print(f"| {task} | " + " | ".join(texts) + " |")
+        print()
 
 
 if __name__ == "__main__":

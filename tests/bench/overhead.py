@@ -3,7 +3,8 @@
 One torch thread, the same optimiser (but for the row that says "fused": torch's fused Adam on the joint side, equal to float
 error), and default hyperparameters but for shorter rollouts of the images. Policies with questions buy some of the time back: Adam steps
 small tensors together, and distributions of actions take fewer steps, both bit for bit as in SB3. The row that says "alike" gives the
-plain agent that too, so that its figure is what the questions cost. The joint agent
+plain agent that too, so that its figure is what the questions cost. In those that say "rarely" one minibatch in eight (seven) teaches the
+questions. The joint agent
 has eight yes/no questions, one of them about the action, and a wrapper answers all of them live at every step. Plain and
 joint runs alternate, so that drifts of the machine's speed hit both; the figure is the median of the pairs' ratios.
 """
@@ -104,6 +105,8 @@ CASES = {
     "dqn": Case(DQN, "CartPole-v1", 1, 15_000, 1.05),
     "sac": Case(SAC, "Pendulum-v1", 1, 1000, 1.05),
     "td3": Case(TD3, "Pendulum-v1", 1, 1500, 1.05),
+    "sac_rarely": Case(SAC, "Pendulum-v1", 1, 1000, 1.05, own=dict(qa_every=8)),
+    "td3_rarely": Case(TD3, "Pendulum-v1", 1, 1500, 1.05, own=dict(qa_every=7)),
 }
 
 

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,8 @@ from sb3_qa.figures import new_figure
 from sb3_qa.policies import qa_policy
 from sb3_qa.wrappers import VecVetoAction
 
-WIDTHS = [64, 256, 1024, 4096]
+WIDTHS = {64: 32, 256: 16, 1024: 4, 4096: 2}
+"""Of two layers, and how many rollouts are timed: what happens once, when learning begins, is not to count."""
 
 
 class Row(NamedTuple):
@@ -158,14 +159,13 @@ def _bytes(kept: Any) -> int:
     return _bytes(vars(kept)) if type(kept).__module__.startswith("sb3_qa") and hasattr(kept, "__dict__") else 0
 
 
-def growth_with_the_trunk(pairs: int, widths: Sequence[int] = WIDTHS) -> list[dict[str, float]]:
+def growth_with_the_trunk(pairs: int) -> list[dict[str, float]]:
     """Joint / plain training, and the parameters added, of ever wider networks of two layers."""
     case = CASES["ppo"]._replace(kwargs=dict(n_steps=32))
     grown = []
-    for width in widths:
+    for width, rollouts in WIDTHS.items():
         wide = case._replace(policy_kwargs=dict(net_arch=[width, width]))
-        steps = 8 * 32 * (8 if width <= 256 else 1)
-        arms = [partial(arm, wide, steps, time.process_time) for arm in (joint, plain)]
+        arms = [partial(arm, wide, 8 * 32 * rollouts, time.process_time) for arm in (joint, plain)]
         ratios = [arms[0]() / arms[1]() for _ in range(1 + pairs)][1:]  # the first is a warm-up
         own, added = sizes(agent(**wide.policy_kwargs))
         grown.append(dict(width=width, ratio=statistics.median(ratios), own=own, added=added))
