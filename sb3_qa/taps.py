@@ -49,6 +49,9 @@ SEQUENCES = {
 }
 """The network of families with one readout, and its sequence of layers up to it, which :class:`_Dense` computes."""
 
+SMALL = 100_000
+"""Up to so many parameters of an agent, operations cost more by being called than by their arithmetic."""
+
 CRITIC_ONLY = {"TRPO": "value_net"}
 """Algorithms whose actor takes steps that no loss can be added to, with the readout that the questions are joined at."""
 
@@ -180,7 +183,9 @@ class Taps:
 
     def can_read_ahead(self, policy: Any) -> bool:
         """Whether the policy's own pass can go on from latents that have been read, and :meth:`read` has no faster way."""
-        return self._direct and not self.is_dense and policy.device.type == "cpu"
+        if not self._direct or policy.device.type != "cpu":
+            return False
+        return not self.is_dense or sum(parameter.numel() for parameter in policy.parameters()) > SMALL
 
     def read_ahead(self, policy: Any, obs: Any) -> Ahead:
         """As :meth:`read`, by the very operations that the policy's own pass does."""

@@ -133,6 +133,31 @@ def test_what_wrappers_have_read_is_not_computed_again(
     assert joint.policy.qa_joint.ahead is None
 
 
+@pytest.mark.parametrize("width", [16, 300])
+def test_wide_layers_are_not_passed_twice(width: int) -> None:
+    kwargs = dict(policy_kwargs=dict(net_arch=[width, width], qa_coef=0.0), n_steps=8, n_epochs=1)
+    plain = make_model(qa=False, **{**kwargs, "policy_kwargs": dict(net_arch=[width, width])})
+    plain.learn(72)
+    joint = make_model(**kwargs)
+    joint.set_env(VecAnswerQuestions(joint.get_env()))
+    joint.get_env().seed(3)
+    joint.learn(72, callback=(ahead := Ahead()))
+    assert_same_agents(plain, joint)
+    assert ahead.seen == {width == 300}
+
+
+class Ahead(QACallback):
+    """Looks whether the agent's passes go on from what wrappers have read."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls > 1:
+            reading = self._policy.qa_joint.ahead and self._policy.qa_joint.ahead.ahead_of(
+                torch.as_tensor(self.locals["new_obs"])
+            )
+            self.__dict__.setdefault("seen", set()).add(bool(reading and reading.ahead))
+        return super()._on_step()
+
+
 @pytest.mark.parametrize("observation", ["image", "dict"])
 def test_scores_in_the_log_are_of_what_wrappers_have_read(observation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(observation=observation, n_steps=8)

@@ -25,7 +25,7 @@ from sb3_qa.policies.distributions import lean
 from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue, nearest
-from sb3_qa.taps import Taps, going_on_from, of_family, readout
+from sb3_qa.taps import SMALL, Taps, going_on_from, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -46,9 +46,6 @@ DEFAULTS: dict[str, Any] = {
 
 EPS = 1e-8
 """Of Adam, for what learns from questions alone: a mean over many of them has a small gradient beside SB3's 1e-5."""
-
-SMALL = 100_000
-"""Up to so many parameters an optimiser's step costs more by its operations than by its arithmetic."""
 
 FASTEST = 0.01
 """The learning rate that none of a head exceeds, unless the agent's does."""
