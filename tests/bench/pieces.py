@@ -35,7 +35,7 @@ from sb3_qa.figures import new_figure
 from sb3_qa.policies import qa_policy
 from sb3_qa.wrappers import VecVetoAction
 
-WIDTHS = {64: 32, 256: 16, 1024: 4, 4096: 2}
+WIDTHS = {64: 32, 256: 16, 1024: 4, 4096: 1}
 """Of two layers, and how many rollouts are timed: what happens once, when learning begins, is not to count."""
 
 
