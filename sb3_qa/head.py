@@ -386,7 +386,8 @@ class QAHead(nn.Module):
     def _acted(self, w: _Answering, hidden: Floats, actions: NDArray[Any] | None, critics: Floats | None) -> Floats:
         """``hidden`` with the actions added in: (n, width), or (n, m, width)."""
         assert self.action_features is not None
-        if actions is None:  # each action is a row
+        if actions is None:  # each of a discrete space is a row
+            assert isinstance(self.action_features.space, spaces.Discrete)
             return np.asarray(hidden[:, None] + w.action)
         features = self.action_features(actions)
         added: Floats = (features if critics is None else np.concatenate([features, critics], axis=-1)) @ w.action
