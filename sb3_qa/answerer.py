@@ -141,9 +141,7 @@ class Reading:
         :param panel: of which questions, all if None
         :return: (n, n_columns) or (n, m, n_columns)
         """
-        if not self._policy.qa_critics:
-            return self._head.action_logits(self.hidden, actions, panel)
-        if actions is None:
+        if actions is None and self._policy.qa_critics:  # which are read at actions
             space = self._policy.action_space
             actions = np.broadcast_to(np.arange(space.start, space.start + space.n), (len(self), int(space.n)))
         return self._head.action_logits(self.hidden, actions, panel, self._of_critics(actions))
@@ -165,7 +163,7 @@ class Reading:
         """Logits of all questions or a panel's, (n, n_logits): about these actions here, and about the states after."""
         return self._head.step_logits(self.hidden, actions, after.hidden, panel, self._of_critics(actions))
 
-    def _of_critics(self, actions: NDArray[Any]) -> Floats | None:
+    def _of_critics(self, actions: NDArray[Any] | None) -> Floats | None:
         critics = self._policy.qa_critics
         return critics.read(self._policy, self._obs, actions, self._critic) if critics else None
 

@@ -182,11 +182,14 @@ class QAHead(nn.Module):
         :param biases: of targets, by their first column, (width,)
         """
         with torch.no_grad():
-            bias = self.weights(self.flat.detach()).bias
-            for start, each in biases.items():
-                bias[start : start + len(each)] = torch.from_numpy(each)
+            self._write_biases(self.flat.detach(), biases)
             self.average.copy_(self.flat)
         self.followed()
+
+    def _write_biases(self, flat: torch.Tensor, biases: Mapping[int, Floats]) -> None:
+        bias = self.weights(flat).bias
+        for start, each in biases.items():
+            bias[start : start + len(each)] = torch.from_numpy(each)
 
     def follow(self) -> None:
         """Let the weights that answer follow those that learn, after a step of the optimiser.

@@ -290,20 +290,17 @@ class LanguageHead(QAHead):
         self._everything: Panel | None = None
         return torch.cat([part.flatten() for part in first])
 
-    def begin_with(self, biases: Mapping[int, Any]) -> None:
-        """See :meth:`QAHead.begin_with`; here a question begins with the mean of the rates of all that was put in its slots."""
+    def _write_biases(self, flat: torch.Tensor, biases: Mapping[int, Any]) -> None:
+        """A question begins with the mean of the rates of all that was put in its slots."""
         rates: dict[str, list[torch.Tensor]] = {}
         for target in self.catalogue.targets:
             if target.start in biases:
                 bias = torch.from_numpy(biases[target.start][: _n_biases(target)])
                 rates.setdefault(target.question.name, []).append(bias.sigmoid() if len(bias) == 1 else bias.softmax(0))
-        with torch.no_grad():
-            base = self._made_of(self.flat.detach())[-1]
-            for name, each in rates.items():
-                rate = torch.stack(each).mean(0)
-                base[self._base_of[name]] = rate.logit() if len(rate) == 1 else rate.log()
-            self.average.copy_(self.flat)
-        self.followed()
+        base = self._made_of(flat)[-1]
+        for name, each in rates.items():
+            rate = torch.stack(each).mean(0)
+            base[self._base_of[name]] = rate.logit() if len(rate) == 1 else rate.log()
 
     def _made_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """What rows are made of, as views of the flat weights or of their first part: the encoder's, by kind, biases."""

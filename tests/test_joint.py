@@ -135,10 +135,9 @@ def test_what_wrappers_have_read_is_not_computed_again(
 
 @pytest.mark.parametrize("width", [16, 300])
 def test_wide_layers_are_not_passed_twice(width: int) -> None:
-    kwargs = dict(policy_kwargs=dict(net_arch=[width, width], qa_coef=0.0), n_steps=8, n_epochs=1)
-    plain = make_model(qa=False, **{**kwargs, "policy_kwargs": dict(net_arch=[width, width])})
-    plain.learn(72)
-    joint = make_model(**kwargs)
+    rollouts, layers = dict(n_steps=8, n_epochs=1), [width, width]
+    plain = make_model(qa=False, policy_kwargs=dict(net_arch=layers), **rollouts).learn(72)
+    joint = make_model(policy_kwargs=dict(net_arch=layers, qa_coef=0.0), **rollouts)
     joint.set_env(VecAnswerQuestions(joint.get_env()))
     joint.get_env().seed(3)
     joint.learn(72, callback=(ahead := Ahead()))
@@ -149,12 +148,15 @@ def test_wide_layers_are_not_passed_twice(width: int) -> None:
 class Ahead(QACallback):
     """Looks whether the agent's passes go on from what wrappers have read."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[bool] = set()
+
     def _on_step(self) -> bool:
         if self.n_calls > 1:
-            reading = self._policy.qa_joint.ahead and self._policy.qa_joint.ahead.ahead_of(
-                torch.as_tensor(self.locals["new_obs"])
-            )
-            self.__dict__.setdefault("seen", set()).add(bool(reading and reading.ahead))
+            answerer = self._policy.qa_joint.ahead
+            reading = answerer and answerer.ahead_of(torch.as_tensor(self.locals["new_obs"]))
+            self.seen.add(bool(reading and reading.ahead))
         return super()._on_step()
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cells import completed
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -53,8 +53,8 @@ COLUMNS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def run(task: str, column: str, seed: int) -> float:
-    """Mean return."""
+def run(task: str, column: str, seed: int) -> dict[str, float]:
+    """The mean return."""
     algorithm, given, make = TASKS[task]
     env = DummyVecEnv([lambda: make(4)])
     qa = COLUMNS[column]
@@ -62,7 +62,7 @@ def run(task: str, column: str, seed: int) -> float:
     kwargs = {} if qa is None else dict(questions=QUESTIONS, **qa)
     model = algorithm(name, env, gamma=0.4, learning_rate=0.002, seed=seed, policy_kwargs=kwargs, **given)
     model.learn(1200, callback=None if qa is None else QACallback())
-    return float(evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0])
+    return {"return": round(float(evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0]), 2)}
 
 
 def main() -> None:
@@ -70,23 +70,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["task"], row["column"], row["seed"]): row["return"] for row in rows}
-    for seed, task, column in itertools.product(range(args.seeds), TASKS, COLUMNS):
-        if (task, column, seed) not in done:
-            done[task, column, seed] = value = run(task, column, seed)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"task": task, "column": column, "seed": seed, "return": round(value, 2)}) + "\n")
+    cells = [(task, column, seed) for seed, task, column in itertools.product(range(args.seeds), TASKS, COLUMNS)]
+    done = completed(RESULTS, ("task", "column", "seed"), cells, run)
     print("| | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for task in TASKS:
-        cells = []
+        texts = []
         for column in COLUMNS:
-            values = np.array([done[task, column, seed] for seed in range(args.seeds)])
+            values = np.array([done[task, column, seed]["return"] for seed in range(args.seeds)])
             means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
             low, high = np.quantile(means, [0.025, 0.975])
-            cells.append(f"{values.mean():.0f} [{low:.0f}, {high:.0f}]")
-        print(f"| {task} | " + " | ".join(cells) + " |")
+            texts.append(f"{values.mean():.0f} [{low:.0f}, {high:.0f}]")
+        print(f"| {task} | " + " | ".join(texts) + " |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import completed
 from stable_baselines3 import DQN, SAC
 
 from sb3_qa.evaluation import AnswerRecord
@@ -58,26 +58,24 @@ def run(name: str, arm: str, seed: int, **qa_kwargs: Any) -> dict[str, float]:
     return row
 
 
+def taught(task: str, every: int, seed: int) -> dict[str, float]:
+    """What came of a head that is taught so rarely."""
+    if task in TASKS:
+        return run(task, "detached", seed, qa_every=every)
+    algorithm, steps = WALKS[task]
+    started = time.process_time()
+    error = check_random_walk(steps, seed, algorithm, every)
+    return {"error": round(error, 4), "cpu_seconds": round(time.process_time() - started, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["task"], row["every"], row["seed"]): row for row in rows}
-    cells = [*itertools.product(TASKS, EVERY), *itertools.product(WALKS, EVERY_REPLAYED)]
-    for seed, (task, every) in itertools.product(range(args.seeds), cells):
-        if (task, every, seed) not in done:
-            done[task, every, seed] = row = {"task": task, "every": every, "seed": seed}
-            if task in TASKS:
-                row |= run(task, "detached", seed, qa_every=every)
-            else:
-                algorithm, steps = WALKS[task]
-                started = time.process_time()
-                row["error"] = round(check_random_walk(steps, seed, algorithm, every), 4)
-                row["cpu_seconds"] = round(time.process_time() - started, 1)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    kinds = [*itertools.product(TASKS, EVERY), *itertools.product(WALKS, EVERY_REPLAYED)]
+    cells = [(*kind, seed) for seed, kind in itertools.product(range(args.seeds), kinds)]
+    done = completed(RESULTS, ("task", "every", "seed"), cells, taught)
     for figure, tasks, columns in (("skill", TASKS, EVERY), ("error", WALKS, EVERY_REPLAYED)):
         print(f"| {figure} | " + " | ".join(f"`qa_every={every}`" for every in columns) + " |")
         print("|---" * (len(columns) + 1) + "|")

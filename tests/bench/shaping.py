@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from cells import completed
 from every import run
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -25,22 +25,20 @@ COEFFICIENTS = (None, 0.0, 0.1, 0.3, 1.0)
 FIRST_SEED = 10
 
 
+def shaped(task: str, coefficient: float | None, seed: int) -> dict[str, float]:
+    """What came of an agent whose trunk is shaped so strongly."""
+    arm = {None: "plain", 0.0: "detached"}.get(coefficient, "joint")
+    return run(task, arm, seed, **({"qa_coef": coefficient} if arm == "joint" else {}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["task"], row["coefficient"], row["seed"]): row for row in rows}
     seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
-    for seed, task, coefficient in itertools.product(seeds, TASKS, COEFFICIENTS):
-        if (task, coefficient, seed) in done:
-            continue
-        arm = {None: "plain", 0.0: "detached"}.get(coefficient, "joint")
-        scores = run(task, arm, seed, **({"qa_coef": coefficient} if arm == "joint" else {}))
-        done[task, coefficient, seed] = row = {"task": task, "coefficient": coefficient, "seed": seed, **scores}
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    cells = [(task, c, seed) for seed, task, c in itertools.product(seeds, TASKS, COEFFICIENTS)]
+    done = completed(RESULTS, ("task", "coefficient", "seed"), cells, shaped)
     for what in ("skill", "return"):
         print(f"| {what} | " + " | ".join("plain" if c is None else f"{c:g}" for c in COEFFICIENTS) + " |")
         print("|---" * (len(COEFFICIENTS) + 1) + "|")
