@@ -118,6 +118,21 @@ class Reading:
         bare._obs = bare.memory = bare._after = bare._state_logits = bare.ahead = None
         return bare
 
+    def kept(self, index: NDArray[np.intp]) -> Reading | None:
+        """The reading of some of the observations that answers later as this one does now, whatever is learnt meanwhile, and
+        can be joined with others of the same :attr:`head`; None where more than that is needed.
+        """
+        if not self.can_be_joined or self._head.by_panels:
+            return None
+        kept = self.bare()
+        kept._head, kept._latents, kept.hidden = self._head.as_it_is(), [], self.hidden[index]
+        return kept
+
+    @property
+    def head(self) -> QAHead:
+        """Who answers."""
+        return self._head
+
     def with_states(self, index: NDArray[np.intp], other: Reading) -> Reading:
         """This reading, for questions about states, with other states at ``index``."""
         mixed = copy.copy(self)

@@ -154,6 +154,7 @@ class QAHead(nn.Module):
         self._learning: tuple[int, Weights] | None = None  # views, and the place that they are of
         self._answering: tuple[int, _Answering] | None = None
         self._closed_form: ClosedForm | None = None
+        self._kept: tuple[int, QAHead] | None = None
         self._panels: dict[Any, Panel] = {}
         self.by_panels = self.n_logits > MOST_LOGITS
         self._followed = self.flat._version  # of the weights that the average has taken in
@@ -165,7 +166,8 @@ class QAHead(nn.Module):
         return torch.cat([rows, bias[:, None]], dim=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_learning": None, "_answering": None, "_closed_form": None, "_panels": {}}
+        made = dict.fromkeys(("_learning", "_answering", "_closed_form", "_kept"))
+        return {**self.__dict__, **made, "_panels": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -230,6 +232,18 @@ class QAHead(nn.Module):
         head.flat.requires_grad_(False)
         head.of_target = True
         return head
+
+    def as_it_is(self) -> QAHead:
+        """A head that goes on answering as this one does now, but for panels; the same one until the weights change."""
+        self._follow_by_hand()
+        version = self.flat._version + self.average._version
+        if self._kept is None or self._kept[0] != version:
+            head = copy.copy(self)
+            head._parameters = {"flat": nn.Parameter(self.flat.detach().clone(), requires_grad=False)}
+            head._buffers = {**self._buffers, "average": self.average.clone()}
+            head.of_target, head._followed = False, head.flat._version
+            self._kept = version, head
+        return self._kept[1]
 
     def weights(self, flat: Array) -> Weights:
         """The weights in a flat array, as views."""

@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS events (
     withheld INTEGER, no_safe_action INTEGER, catastrophe INTEGER, terminated INTEGER, truncated INTEGER,
     risk REAL, executed_risk REAL, proposed TEXT, executed TEXT, answers TEXT, compared BLOB, outcome INTEGER);
 CREATE TABLE IF NOT EXISTS chunks (
-    event INTEGER, first INTEGER, length INTEGER, names TEXT, data BLOB, PRIMARY KEY (event, first)) WITHOUT ROWID;
+    event INTEGER, first INTEGER, length INTEGER, names TEXT, data BLOB, PRIMARY KEY (event, first));
 INSERT OR IGNORE INTO counts VALUES ('format', 1), ('dropped', 0), ('lost', 0), ('next', 1);
 """
 
@@ -111,9 +111,6 @@ class Batch:
         self.chunks: list[Chunk] = []
         self.outcomes: list[tuple[int, int]] = []
         """(1 if the catastrophe came within the question's horizon, 0 if not; the event)."""
-
-    def __bool__(self) -> bool:
-        return bool(self.events or self.chunks or self.outcomes)
 
 
 _INSERT = f"INSERT INTO events ({', '.join(Event._fields)}) VALUES ({', '.join('?' * len(Event._fields))})"
@@ -280,7 +277,7 @@ class FlightRecorder:
         try:
             db.executemany(_INSERT, batch.events)
             chunks = [
-                (event, first, length, json.dumps(list(arrays)), pack(arrays.values()))
+                (event, first, length, _names(tuple(arrays)), pack(arrays.values()))
                 for event, first, length, arrays in batch.chunks
             ]
             db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?)", chunks)
@@ -393,6 +390,11 @@ def unpack(names: Sequence[str], data: bytes) -> dict[str, NDArray[Any]]:
     data = data if data[:6] == b"\x93NUMPY" else zlib.decompress(data)
     file = io.BytesIO(data)
     return {name: np.load(file, allow_pickle=False) for name in names if file.tell() < len(data)}
+
+
+@lru_cache(maxsize=64)
+def _names(names: tuple[str, ...]) -> str:
+    return json.dumps(names)
 
 
 @lru_cache(maxsize=1024)

@@ -16,13 +16,16 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from test_veto import ACTIONS, make_risks, steps
-from wrapping import IMAGE, KEYS, VECTOR, Toy, make_model, make_qa, run_single, run_vec, toys
+from wrapping import IMAGE, KEYS, QUESTIONS, VECTOR, Toy, make_model, make_qa, run_single, run_vec, toys
 
 from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.flight_log import FlightLog
+from sb3_qa.policies import qa_policy
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack, unpack
 from sb3_qa.truth import after, eventually
 from sb3_qa.wrappers import VecVetoAction, VetoAction
@@ -54,7 +57,7 @@ def fly(path, delay, say, qa):
     while True:
         _, _, _, infos = env.step(rng.integers(3, size=2))
         n += sum(info["qa/catastrophe"] or info["crashed"] for info in infos)
-        os.write(say, b"%d\n" % (n - len(env.rule.evidence._batch.events)))
+        os.write(say, b"%d\n" % (n - env.rule.evidence.waiting))
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,45 @@ class TestWhatIsWritten:
                 np.testing.assert_equal(window.last_obs, episode[-1].after)
             else:
                 assert window.last_obs is None
+
+    @pytest.mark.parametrize("encoder", ["index", "text"])
+    @pytest.mark.parametrize("action_space", [None, spaces.Box(-1, 1, (2,), np.float32)], ids=["discrete", "box"])
+    def test_answers_are_those_of_the_moment_however_long_they_wait(self, path, encoder, action_space):
+        """They are given for many events at once; what is learnt in between, or another answerer, changes nothing."""
+        kwargs = dict(questions=QUESTIONS, net_arch=[8], qa_net_arch=[16], qa_encoder=encoder)
+        venv = toys(action_space=action_space)
+        qa = QuestionAnswerer.from_model(PPO(qa_policy(PPO), venv, policy_kwargs=kwargs, seed=0, device="cpu"))
+        recorder = FlightRecorder(path, delay=1e9)
+        env = VecVetoAction(toys(2, action_space=action_space), "crash[k=3]", 0.0, shadow=True, qa=qa, record=recorder)
+        obs, expected = env.reset(), []
+        env.action_space.seed(0)
+        rng = torch.Generator().manual_seed(0)
+        for n in range(12):
+            actions = np.stack([env.action_space.sample() for _ in range(2)])
+            about = None if action_space is None else actions
+            answers = {key: qa.ask(key, obs, about if qa.catalogue.instances[key].per_action else None) for key in KEYS}
+            expected += [{key: answer.value[i] for key, answer in answers.items()} for i in range(2)]
+            obs = env.step(actions)[0]
+            if n % 3 == 2:
+                flat = qa.policy.qa_head.flat.detach()
+                flat += torch.randn(flat.shape, generator=rng)
+            if n == 7:
+                qa = QuestionAnswerer.from_model(make_model(toys(action_space=action_space)))
+                env.bind(qa)
+        assert env.rule.evidence.waiting == 24 and len(FlightLog(path)) == 0
+        env.close()
+        with FlightLog(path) as log:
+            assert len(log) == 24
+            for event, answers in zip(log.events(), expected, strict=True):
+                for key, value in event.answers.items():
+                    if key == "lane":
+                        assert value == ("left", "right")[int(answers[key])]
+                    else:
+                        proposed = (
+                            isinstance(value, list) and action_space is not None
+                        )  # is the first that was compared
+                        told = value[0] if proposed else value
+                        np.testing.assert_allclose(told, answers[key], rtol=1e-4, atol=1e-6)
 
     def test_what_came_of_flags(self, path):
         """The catastrophe within 3 steps of the flagged one; not known of what a time limit cut off."""
@@ -558,7 +600,7 @@ class TestFailing:
             env = VecVetoAction(toys(2), "ruin", 0.5, qa=qa, record=FlightRecorder(path, delay=0))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limit))
             env.reset()
             for _ in range(300):
                 infos = env.step(np.array([0, 1]))[3]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import math
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -21,11 +22,42 @@ from sb3_qa.questions import Choice
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack
 from sb3_qa.wrappers.judged import Judged
 from sb3_qa.wrappers.shell import Arrival, row
-from sb3_qa.wrappers.surroundings import Fact, Ring, by_name, environments_in, frames_of, seed_of
+from sb3_qa.wrappers.surroundings import Fact, Ring, Stretch, by_name, environments_in, frames_of, seed_of
 
 __all__ = ["Evidence"]
 
 Bools = NDArray[np.bool_]
+
+
+class _Sighting(NamedTuple):
+    """Events of one step, whose answers are still to be given: that takes hardly longer for many at once."""
+
+    here: Reading
+    """Of the states they happened in."""
+    risks: list[NDArray[Any]]
+    """Of each, those of all actions, or of those compared."""
+    compared: NDArray[Any] | None
+    """(n_events, m, *action_shape), what those about actions are asked of; None for all."""
+    events: list[dict[str, Any]]
+    """Everything else, by the names of :class:`Event`."""
+
+
+class _Steps(NamedTuple):
+    """Steps to be written down with an event."""
+
+    event: int
+    first: int
+    """Step of the episode."""
+    steps: Stretch | None
+    last: Any
+    """The observation that the episode ended in, if it did."""
+
+    def chunk(self) -> Chunk:
+        """As they are written."""
+        arrays = {} if self.steps is None else self.steps.arrays()
+        if self.last is not None:
+            arrays |= by_name("last", self.last)
+        return Chunk(self.event, self.first, 0 if self.steps is None else len(self.steps.steps), arrays)
 
 
 class Evidence:
@@ -51,8 +83,10 @@ class Evidence:
     def _begin_anew(self, n: int) -> None:
         self._n = n
         self._ring: Ring | None = None
+        self._sightings: list[_Sighting] = []
+        self._steps: list[_Steps] = []
         self._batch = Batch()
-        self._waiting_since = 0.0
+        self._since: float | None = None  # when what is to be written began to wait
         self._now = 0  # steps taken; those of an episode are counted from its start
         self._start = [0] * n
         self._episode = [-1] * n
@@ -65,6 +99,7 @@ class Evidence:
 
     def bind(self, qa: QuestionAnswerer) -> None:
         """Find out how to ask, and what a catastrophe is."""
+        self._answer()  # what was to be asked of another
         self.qa = qa
         instance = qa.catalogue.find(self.question)
         keys = qa.catalogue.instances
@@ -151,14 +186,22 @@ class Evidence:
             done = arrival.done.tolist()
             for i in [i for i, until in self._until.items() if until <= self._now or done[i]]:
                 self._finish(i, _last_obs(arrival, i) if done[i] else None)
-        if self._batch and time.monotonic() - self._waiting_since >= self.recorder.delay:
+        if self._since is not None and time.monotonic() - self._since >= self.recorder.delay:
             self.flush()
+
+    @property
+    def waiting(self) -> int:
+        """How many events are not in the file yet."""
+        return len(self._batch.events) + sum(len(each.events) for each in self._sightings)
 
     def flush(self) -> None:
         """Commit what is waiting."""
-        batch, self._batch = self._batch, Batch()
-        if batch:
-            self.recorder.write(batch)
+        if self._since is None:
+            return
+        self._answer()
+        self._batch.chunks += [steps.chunk() for steps in self._steps]
+        batch, self._batch, self._steps, self._since = self._batch, Batch(), [], None
+        self.recorder.write(batch)
 
     def close(self) -> None:
         """Write down what is known, and close the file."""
@@ -180,18 +223,19 @@ class Evidence:
         if self._run is None:
             self._run = self.recorder.begin_run({"wrapper": self.name, "question": self.question, **self.about})
         now, decision = time.time(), judged.decision
-        answers, compared = self._answers(rows, here, judged, executed)
-        for j, i in enumerate(rows.tolist()):
+        numbered, events, risks = [], [], []
+        for i in rows.tolist():
             number = self.recorder.next_event()
             if not number:
                 continue
-            risks = judged.risks[i] if judged.risks is not None else judged.risk[i : i + 1]
             info, done, terminated = arrival.infos[i], bool(arrival.done[i]), bool(arrival.terminated[i])
             flagged, vetoed = bool(judged.flagged[i]), bool(judged.vetoed[i])
-            event = Event(
-                number,
-                self._run,
-                now,
+            numbered.append(i)
+            risks.append(judged.risks[i] if judged.risks is not None else judged.risk[i : i + 1])
+            event = dict(
+                id=number,
+                run=self._run,
+                time=now,
                 env=i,
                 episode=self._episode[i],
                 step=self._now - 1 - self._start[i],
@@ -210,25 +254,39 @@ class Evidence:
                 executed_risk=_finite(info[f"qa/{self.question}"]) if self._risk_is_told else None,
                 proposed=_json(info["qa/proposed_action"]),
                 executed=_json(info["qa/executed_action"]),
-                answers=_json(answers[j]),
-                compared=pack([risks] if compared is None else [risks, compared[j]]),
             )
-            if not self._batch:
-                self._waiting_since = time.monotonic()
-            self._batch.events.append(event)
+            events.append(event)
             self._write_steps(i, number, _last_obs(arrival, i) if done else None)
             self._until[i], self._newest[i] = self._now + self.recorder.after, number
             if flagged and self._horizon is not None:
                 self._open_flags.setdefault(i, []).append((number, self._now))
-
-    def _answers(
-        self, rows: NDArray[np.intp], here: Reading, judged: Judged, executed: NDArray[Any]
-    ) -> tuple[list[dict[str, Any]], NDArray[Any] | None]:
-        """Answers to all questions, and the actions (len(rows), m, ...) that those about actions were asked of; None for all."""
-        compared = None if judged.options is None else np.array(judged.options[rows])
+        if not events:
+            return
+        index = np.array(numbered)
+        compared = None if judged.options is None else np.array(judged.options[index])
         if compared is None and not self._listed:
-            compared = np.stack([judged.proposed[rows], executed[rows]], axis=1)
-        about_state, about_action = self._values.of_states_and_actions(here, rows, compared)
+            compared = np.stack([judged.proposed[index], executed[index]], axis=1)
+        kept = here.kept(index)
+        self._sightings.append(_Sighting(here.part(index) if kept is None else kept, risks, compared, events))
+        if kept is None:
+            self._answer()
+
+    def _answer(self) -> None:
+        """Give the answers to all questions where there were events."""
+        sightings, self._sightings = self._sightings, []
+        for _, group in itertools.groupby(sightings, _asked_alike):
+            alike = list(group)
+            here = alike[0].here if len(alike) == 1 else Reading.joined([each.here for each in alike])
+            compared = None if alike[0].compared is None else np.concatenate([each.compared for each in alike])
+            risks = [each for one in alike for each in one.risks]
+            events = [event for one in alike for event in one.events]
+            for j, (event, answers) in enumerate(zip(events, self._answers(here, compared), strict=True)):
+                arrays = [risks[j]] if compared is None else [risks[j], compared[j]]
+                self._batch.events.append(Event(**event, answers=_json(answers), compared=pack(arrays)))
+
+    def _answers(self, here: Reading, compared: NDArray[Any] | None) -> list[dict[str, Any]]:
+        """Answers to all questions in these states; those about actions of each of ``compared``."""
+        about_state, about_action = self._values.of_states_and_actions(here, np.arange(len(here)), compared)
         answers = [dict(zip(self._about_state, values, strict=True)) for values in about_state.tolist()]
         if self._about_action:
             for given, values in zip(answers, about_action.swapaxes(1, 2).tolist(), strict=True):
@@ -236,7 +294,7 @@ class Evidence:
         for key, options in self._options.items():
             for given in answers:
                 given[key] = _named(options, given[key])
-        return answers, compared
+        return answers
 
     def _finish(self, i: int, last: Any) -> None:
         """Write down the steps after an event."""
@@ -249,14 +307,16 @@ class Evidence:
         assert self._ring is not None
         reach = self._ring.length if i in self._until else self.recorder.before + 1
         first = max(self._written[i], self._now - reach)
-        arrays = self._ring.newest(i, self._now - first) if first < self._now else {}
-        if last is not None:
-            arrays |= by_name("last", last)
-        if arrays:
-            if not self._batch:
-                self._waiting_since = time.monotonic()
-            self._batch.chunks.append(Chunk(event, first - self._start[i], self._now - first, arrays))
+        steps = self._ring.newest(i, self._now - first) if first < self._now else None
+        if steps is not None or last is not None:
+            self._wait()
+            self._steps.append(_Steps(event, first - self._start[i], steps, last))
         self._written[i] = self._now
+
+    def _wait(self) -> None:
+        """Something is to be written."""
+        if self._since is None:
+            self._since = time.monotonic()
 
     def _settle(self, happened: Bools | None, arrival: Arrival) -> None:
         """What came of the flags: whether the question's event came within its horizon."""
@@ -265,6 +325,7 @@ class Evidence:
             self._open_flags.clear()
             return
         outcomes = self._batch.outcomes
+        known = len(outcomes)
         for i, flags in list(self._open_flags.items()):
             still = []
             for number, at in flags:
@@ -279,6 +340,8 @@ class Evidence:
                 self._open_flags[i] = still
             else:
                 del self._open_flags[i]
+        if len(outcomes) > known:
+            self._wait()
 
 
 _CLOSE_AT_EXIT: weakref.WeakSet[Evidence] = weakref.WeakSet()
@@ -288,6 +351,11 @@ _CLOSE_AT_EXIT: weakref.WeakSet[Evidence] = weakref.WeakSet()
 def _close_all() -> None:
     for evidence in list(_CLOSE_AT_EXIT):
         evidence.close()
+
+
+def _asked_alike(sighting: _Sighting) -> Any:
+    """What sightings have in common that are asked about at once: who answers, and how many actions are compared."""
+    return id(sighting.here.head), None if sighting.compared is None else sighting.compared.shape[1:]
 
 
 def _named(options: Sequence[Any], index: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -16,15 +16,35 @@ from sb3_qa.truth import Step
 from sb3_qa.units import observation_normalizer, own_units
 from sb3_qa.wrappers.shell import Arrival, row
 
-__all__ = ["Fact", "Ring", "by_name", "environments_in", "frames_of", "seed_of"]
+__all__ = ["Fact", "Ring", "Stretch", "by_name", "environments_in", "frames_of", "seed_of"]
 
 log = logging.getLogger(__name__)
 
 Bools = NDArray[np.bool_]
 
 
+class Stretch(NamedTuple):
+    """Some consecutive steps of one environment, oldest first."""
+
+    env: int
+    obs: dict[str, NDArray[Any]]
+    """(n_steps, ...) each, by name."""
+    steps: list[tuple[Any, ...]]
+    """Of all environments: proposed and executed actions, risks, rewards, and pictures or None."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All that is written down of them, each (n_steps, ...)."""
+        arrays = dict(self.obs)
+        for n, name in enumerate(("proposed", "executed", "risk", "reward")):
+            arrays[name] = np.array([step[n][self.env] for step in self.steps])
+        frames = [np.asarray(step[4][self.env]) for step in self.steps if step[4] is not None]
+        if frames and len(frames) == len(self.steps):
+            arrays["frames"] = np.stack(frames)
+        return arrays
+
+
 class Ring:
-    """The newest steps of all environments, in arrays (length, n_envs, ...) that are written over."""
+    """The newest steps of all environments; their observations in arrays (length, n_envs, ...) that are written over."""
 
     def __init__(self, length: int, obs: Any) -> None:
         self.length = length
@@ -32,7 +52,7 @@ class Ring:
         self._columns = {
             name: np.empty((length, *array.shape), array.dtype) for name, array in by_name("obs", obs).items()
         }
-        self._rows: list[tuple[Any, ...]] = [()] * length
+        self._steps: list[tuple[Any, ...]] = [()] * length
 
     def add(
         self, obs: Any, proposed: Any, executed: Any, risk: Any, reward: Any, pictures: Sequence[Any] | None
@@ -44,19 +64,13 @@ class Ring:
                 self._columns[f"obs/{name}"][head] = array
         else:
             self._columns["obs"][head] = obs
-        self._rows[head] = (proposed.copy(), executed, risk, reward, pictures)
+        self._steps[head] = (proposed.copy(), executed, risk, reward, pictures)
 
-    def newest(self, i: int, count: int) -> dict[str, NDArray[Any]]:
-        """The last steps of one environment, oldest first, each array (count, ...)."""
-        index = np.arange(self._head + 1 - count, self._head + 1) % self.length
-        arrays = {name: column[index, i] for name, column in self._columns.items()}
-        rows = [self._rows[k] for k in index.tolist()]
-        for n, name in enumerate(("proposed", "executed", "risk", "reward")):
-            arrays[name] = np.array([row[n][i] for row in rows])
-        frames = [np.asarray(row[4][i]) for row in rows if row[4] is not None]
-        if frames and len(frames) == count:
-            arrays["frames"] = np.stack(frames)
-        return arrays
+    def newest(self, i: int, count: int) -> Stretch:
+        """The last steps of one environment."""
+        places = [k % self.length for k in range(self._head + 1 - count, self._head + 1)]
+        obs = {name: column[places, i] for name, column in self._columns.items()}
+        return Stretch(i, obs, [self._steps[k] for k in places])
 
 
 class Fact:
