@@ -28,10 +28,6 @@ Floats = NDArray[np.float32]
 BLOCK = 32  # steps whose labels are made at once, where the buffer keeps at least four times as many
 
 
-class _Block(LabelStore):
-    AHEAD = 0  # they are only passed on
-
-
 class Replay(Recorder):
     """What an off-policy algorithm collects, and the labels of what its replay buffer holds.
 
@@ -130,7 +126,7 @@ class Replay(Recorder):
         flat_times = [EventTimes(flatten_rows(each.known[:n]), flatten_rows(each.event[:n])) for each in times]
         flat_values = [flatten_rows(value[:n]) for value in values]
         self._begin_with(flat_times, flat_values)
-        labels = _Block(
+        labels = LabelStore(
             self.store.targets,
             flat_times,
             flat_values,

@@ -30,7 +30,7 @@ from sb3_qa.memory import Memory
 from sb3_qa.panel import Panel
 from sb3_qa.questions import Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
-from sb3_qa.sampling import SHARDS, SampledLabels, Shard, drawn
+from sb3_qa.sampling import SHARDS, SampledLabels, drawn
 from sb3_qa.truth import Step
 from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
@@ -308,7 +308,7 @@ class Rollout(Recorder):
             told = [truth[target.start] for target in panel.original]
             each = [x for x in told if isinstance(x, EventTimes)], [x for x in told if not isinstance(x, EventTimes)]
             panels.append(panel)
-            shards.append(Shard(panel.targets, *each, cut_row, self._continuations(cuts, panel), about))
+            shards.append(LabelStore(panel.targets, *each, cut_row, self._continuations(cuts, panel), about))
         self.store = SampledLabels(panels, shards, seed)
         return self.store
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_qa.encoders import initial_bias
-from sb3_qa.labels import EventTimes, fill_value
+from sb3_qa.labels import EventTimes, ValueCells
 from sb3_qa.questions import Target
 
 __all__ = ["BaseRates"]
@@ -53,7 +53,7 @@ class BaseRates:
             else:
                 value = next(valued)
                 y, weight = np.zeros((2, len(value), target.width), np.float32)
-                fill_value(replace(target, start=0), value, y, weight)
+                ValueCells([replace(target, start=0)]).fill(value[:, None], y, weight)
                 self._hits[target.start] += y.sum(axis=0, dtype=np.float64)
                 self._trials[target.start] += weight[:, 0].sum(dtype=np.float64)
 

@@ -31,7 +31,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_qa.facts import FactReader, Signal
-from sb3_qa.labels import fill_value, yes_or_no
+from sb3_qa.labels import ValueCells, yes_or_no
 from sb3_qa.questions import Target
 from sb3_qa.truth import Step
 
@@ -85,6 +85,9 @@ class Hindsight:
             if signal.call is not None and (now or one_step):
                 self._targets.append((target, (column, now)))
                 self._facts.setdefault((column, now), _GoalFact(signal))
+        self._cells = {
+            target.start: ValueCells([target]) for target, _ in self._targets if target.kind in ("choice", "number")
+        }
 
     def labels(self, goals: VirtualGoals) -> tuple[Floats, Floats]:
         """Targets and weights of the loss's cells, (n, n_columns) both, as of :meth:`~sb3_qa.labels.LabelStore.dense`."""
@@ -109,7 +112,7 @@ class Hindsight:
             elif target.kind == "yesno":
                 y[:, target.start], weight[:, target.start] = yes_or_no(value)[::-1]
             else:
-                fill_value(target, value, y, weight)
+                self._cells[target.start].fill(value[:, None], y, weight)
         if events:
             self._go_on(events, goals, states[False], y, weight)
         return y, weight

@@ -19,9 +19,9 @@ __all__ = [
     "Cuts",
     "EventTimes",
     "LabelStore",
+    "ValueCells",
     "episode_end",
     "event_times",
-    "fill_value",
     "find_cuts",
     "window",
     "window_after",
@@ -183,8 +183,8 @@ def _over_before(terminated: Bools, truncated: Bools, steps: int) -> tuple[Bools
 class LabelStore:
     """Labels beside transitions, and the targets of a minibatch made of them.
 
-    Events and yes/no questions are learnt alike, as hazards (a yes/no has one): they cost 8 bytes a transition, choices
-    and numbers 4, and the row of the cut 4 for all questions together. Rows are in the order of the agent's buffer.
+    Events and yes/no questions are learnt alike, as hazards (a yes/no has one): they cost 10 bytes a transition, choices
+    and numbers 4, and the row of the cut 5 for all questions together. Rows are in the order of the agent's buffer.
 
     :param targets: what is learnt, in the order of the head's columns
     :param times: for each ``event`` or ``yesno`` target what is known of it, arrays (n_rows,)
@@ -198,7 +198,6 @@ class LabelStore:
     """The questions that the last :meth:`batch` was about, where it was not all of them."""
     n_asked: float | None = None
     """How many targets a batch is about, on average, where it is not all of them."""
-    AHEAD = 2**24  # cells that are worked out once for all minibatches, where there are no more than that
 
     def __init__(
         self,
@@ -215,13 +214,13 @@ class LabelStore:
         self.cut_row = cut_row
         self._timed = [target for target in targets if target.kind in ("event", "yesno")]
         self._valued = [target for target in targets if target.kind in ("choice", "number")]
-        self.times = {target.start: each for target, each in zip(self._timed, times, strict=True)}
         self.values = {target.start: each for target, each in zip(self._valued, values, strict=True)}
         self._known = (
             np.stack([each.known for each in times], 1) if len(times) else np.zeros((len(cut_row), 0), np.int32)
         )
         event = np.stack([each.event for each in times], 1) if len(times) else np.zeros((len(cut_row), 0), np.bool_)
-        self._event_at = np.where(event, self._known, 0)
+        self._event_at = np.where(event, self._known, np.int32(0))
+        self.times = {target.start: EventTimes(self._known[:, n], event[:, n]) for n, target in enumerate(self._timed)}
         # Every hazard's column, the target it belongs to, and the step it is about.
         self._columns = _concatenate([np.arange(t.start, t.stop) for t in self._timed])
         self._owner = _concatenate([np.full(t.width, n) for n, t in enumerate(self._timed)])
@@ -233,10 +232,7 @@ class LabelStore:
         self._offset = np.cumsum((widths + 1) * is_event) - (widths + 1)
         self._open: Bools = (~event & is_event & (self._known < widths)) & (cut_row >= 0)[:, None]
         self._any_open: Bools = np.asarray(self._open.any(axis=1))
-        self._ahead: Floats | None = None
-        if len(self) * self.n_columns <= self.AHEAD:
-            parts = [*self._work_out(np.arange(len(self))), *([] if features is None else [features])]
-            self._ahead = np.ascontiguousarray(np.concatenate(parts, axis=1))
+        self._cells = ValueCells(self._valued)
 
     def __len__(self) -> int:
         return len(self.cut_row)
@@ -251,29 +247,23 @@ class LabelStore:
         :param rows: (n,)
         :return: ``(y, weight)``, both (n, n_columns) float32, for the caller to keep
         """
-        return self._work_out(rows) if self._ahead is None else self.batch(rows)[:2]
-
-    def batch(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats, Floats | None]:
-        """As :meth:`dense`, and the features of the actions too, (n, n_action_features)."""
-        if self._ahead is None:
-            return *self._work_out(rows), None if self.features is None else self.features[rows]
-        n, all_of_it = self.n_columns, self._ahead.take(rows, axis=0)
-        y, weight = all_of_it[:, :n], all_of_it[:, n : 2 * n]
-        return y, weight, None if self.features is None else all_of_it[:, 2 * n :]
-
-    def _work_out(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
-        weight = (self._step <= self._known[rows].take(self._owner, axis=1)).astype(np.float32)
-        y = (self._step == self._event_at[rows].take(self._owner, axis=1)).astype(np.float32)
-        unfinished = np.flatnonzero(self._any_open[rows])
+        y, weight = np.empty((2, len(rows), len(self._columns)), np.float32)
+        np.less_equal(self._step, self._known.take(rows, axis=0).take(self._owner, axis=1), out=weight)
+        np.equal(self._step, self._event_at.take(rows, axis=0).take(self._owner, axis=1), out=y)
+        unfinished = np.flatnonzero(self._any_open.take(rows))
         if len(unfinished):
             self._continue(rows[unfinished], unfinished, y, weight)
         if not self._valued:
             return y, weight
         all_y, all_weight = np.zeros((2, len(rows), self.n_columns), np.float32)
         all_y[:, self._columns], all_weight[:, self._columns] = y, weight
-        for target in self._valued:
-            fill_value(target, self.values[target.start][rows], all_y, all_weight)
+        values = [self.values[target.start].take(rows) for target in self._valued]
+        self._cells.fill(np.stack(values, axis=1), all_y, all_weight)
         return all_y, all_weight
+
+    def batch(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats, Floats | None]:
+        """As :meth:`dense`, and the features of the actions too, (n, n_action_features)."""
+        return *self.dense(rows), None if self.features is None else self.features[rows]
 
     def _continue(self, rows: NDArray[np.intp], at: NDArray[np.intp], y: Floats, weight: Floats) -> None:
         """Go on beyond the cut by the survival curve there."""
@@ -290,22 +280,43 @@ class LabelStore:
         return self._table, self.cut_row[rows]
 
 
-def fill_value(target: Target, value: Floats, y: Floats, weight: Floats) -> None:
-    """Write the cells of a choice or a number into ``y`` and ``weight`` (n, n_columns), where ``value`` (n,) is not nan."""
-    known = np.flatnonzero(~np.isnan(value))
-    value = value[known]
-    weight[known, target.start : target.stop] = 1.0
-    if target.kind == "choice":
-        y[known, target.start + value.astype(np.intp)] = 1.0
-    else:  # two neighbouring atoms whose mean is the value (the projection of C51, arXiv 1707.06887)
-        answer = target.question.answer
-        assert isinstance(answer, Number)
-        place = (np.clip(value, answer.low, answer.high) - answer.low) * (
-            (target.width - 1) / (answer.high - answer.low)
-        )
-        lower = np.minimum(place.astype(np.intp), target.width - 2)
-        y[known, target.start + lower] = lower + 1 - place
-        y[known, target.start + lower + 1] = place - lower
+class ValueCells:
+    """The cells of choices and numbers: an option, or two neighbouring atoms whose mean is the number (the projection of C51,
+    arXiv 1707.06887).
+
+    :param targets: in the order that their values are given in
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._start = np.array([target.start for target in targets], np.intp)
+        self._columns = _concatenate([np.arange(t.start, t.stop) for t in targets])
+        self._owner = _concatenate([np.full(t.width, n) for n, t in enumerate(targets)])
+        self._is_number = np.array([target.kind == "number" for target in targets], np.bool_)
+        ranges = [_range(target) for target in targets]
+        self._low, self._high, self._scale = np.array(ranges, np.float32).reshape(-1, 3).T
+        self._last = np.array([target.width - 1 for target in targets], np.intp) - self._is_number
+        """The last column that a value may lie at; of a number's two, the first."""
+
+    def fill(self, values: Floats, y: Floats, weight: Floats) -> None:
+        """Write the cells into ``y`` and ``weight`` (n, n_columns), where values (n, n_targets) are not nan."""
+        known = ~np.isnan(values)
+        weight[:, self._columns] = known.take(self._owner, axis=1)
+        row, which = np.nonzero(known)
+        low = self._low[which]
+        place = (np.clip(values[row, which], low, self._high[which]) - low) * self._scale[which]
+        lower = np.minimum(place.astype(np.intp), self._last[which])
+        column = self._start[which] + lower
+        y[row, column] = lower + 1 - place
+        number = np.flatnonzero(self._is_number[which])
+        y[row[number], column[number] + 1] = (place - lower)[number]
+
+
+def _range(target: Target) -> tuple[float, float, float]:
+    """From where to where values lie, and how many columns apart those are that differ by one."""
+    answer = target.question.answer
+    if not isinstance(answer, Number):
+        return 0.0, target.width - 1.0, 1.0
+    return answer.low, answer.high, (target.width - 1) / (answer.high - answer.low)
 
 
 def _concatenate(parts: list[NDArray[np.intp]]) -> NDArray[np.intp]:

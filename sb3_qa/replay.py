@@ -72,8 +72,6 @@ class ReplayLabels(LabelStore):
     :param kept: labels made before of the same buffer, whose arrays are gone on with if they are of the same questions
     """
 
-    AHEAD = -1
-
     def __init__(
         self, targets: Sequence[Target], n_rows: int, features: ActionFeatures | None, kept: Any = None
     ) -> None:
@@ -152,7 +150,7 @@ class ReplayLabels(LabelStore):
             return super().batch(rows)
         real, virtual = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         y, weight = np.zeros((2, len(rows), self.n_columns), np.float32)
-        y[real], weight[real] = self._work_out(rows[real])
+        y[real], weight[real] = self.dense(rows[real])
         if self.hindsight is not None and goals is not None and len(goals.position) == len(virtual):
             y[virtual], weight[virtual] = self.hindsight.labels(goals)
         return y, weight, None if self.features is None else self.features[np.where(rows < 0, ~rows, rows)]

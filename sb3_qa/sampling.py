@@ -12,7 +12,7 @@ from sb3_qa.labels import EventTimes, LabelStore
 from sb3_qa.panel import Panel
 from sb3_qa.questions import Target
 
-__all__ = ["SHARDS", "SampledLabels", "Shard", "drawn"]
+__all__ = ["SHARDS", "SampledLabels", "drawn"]
 
 SHARDS = 4  # gradient steps' worth of questions that a rollout is labelled with
 Floats = NDArray[np.float32]
@@ -25,12 +25,6 @@ def drawn(targets: Sequence[Target], sample: int, seed: int) -> list[Target]:
         return list(targets)
     picked = np.sort(np.random.default_rng([seed, 0]).permutation(len(targets))[:most])
     return [targets[n] for n in picked]
-
-
-class Shard(LabelStore):
-    """Labels of the questions that one gradient step asks."""
-
-    AHEAD = LabelStore.AHEAD // SHARDS
 
 
 class SampledLabels(LabelStore):

@@ -20,13 +20,6 @@ ASKED = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["ahead", "in turn"])
-def either_way(request, monkeypatch):
-    """Cells worked out ahead for all minibatches, or for each in turn."""
-    if not request.param:
-        monkeypatch.setattr(LabelStore, "AHEAD", 0)
-
-
 def times(*pairs):
     known, event = zip(*pairs, strict=True)
     return EventTimes(np.array(known, np.int32), np.array(event, bool))
@@ -45,7 +38,6 @@ def cells(store):
     return y, weight
 
 
-@pytest.mark.usefixtures("either_way")
 class TestByHand:
     @pytest.mark.parametrize(
         ("known", "event", "y", "weight"),
@@ -280,30 +272,7 @@ class TestLikelihood:
                     expected = known[row] * -np.log(p if event[row] else 1 - p)
                 assert cross_entropy[row, columns].sum() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
-    @given(stores(), st.data())
-    def test_ahead_or_in_turn_is_the_same(self, labels, data):
-        rows = np.array(data.draw(st.lists(st.integers(0, len(labels[3]) - 1), min_size=1, max_size=12)))
-        features = np.arange(2.0 * len(labels[3]), dtype=np.float32).reshape(-1, 2)
-        ahead = LabelStore(*labels, features)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LabelStore, "AHEAD", 0)
-            in_turn = LabelStore(*labels, features)
-        for one, other in zip(ahead.batch(rows), in_turn.batch(rows), strict=True):
-            assert one.dtype == other.dtype and (one == other).all()
-        for one, other in zip(ahead.dense(rows), ahead.batch(rows)[:2], strict=True):
-            assert (one == other).all()
-
     @given(stores())
     def test_no_cell_is_out_of_range(self, labels):
         y, weight = cells(LabelStore(*labels, None))
         assert (y >= 0).all() and (y <= 1).all() and (weight >= 0).all() and (weight <= 1).all()
-
-
-def test_a_store_too_big_is_not_worked_out_ahead(monkeypatch):
-    calls = []
-    monkeypatch.setattr(LabelStore, "_work_out", lambda store, rows: calls.append(len(rows)))
-    monkeypatch.setattr(LabelStore, "AHEAD", 11)
-    store = one_event([(1, True)] * 3)  # 12 cells
-    assert calls == []
-    store.dense(np.array([1, 2]))
-    assert calls == [2]

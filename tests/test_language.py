@@ -23,7 +23,7 @@ from sb3_qa.language import LanguageHead, TextEncoder, hats, make_head, tokenize
 from sb3_qa.panel import Panel
 from sb3_qa.policies import qa_policy
 from sb3_qa.questions import UNTAUGHT, Catalogue
-from sb3_qa.sampling import SampledLabels, Shard, drawn
+from sb3_qa.sampling import SampledLabels, drawn
 from sb3_qa.sentences import sentence_model
 from sb3_qa.truth import after, eventually, now, table
 from sb3_qa.understanding import NotTaught
@@ -367,7 +367,7 @@ class TestSampling:
         parts = np.array_split(rng.permutation(12), 5)  # of 3, 3, 2, 2 and 2 questions
         panels = [Panel([catalogue.targets[n] for n in part]) for part in parts]
         shards = [
-            Shard(panel.targets, [times[target.start] for target in panel.original], [], cut, [], None)
+            LabelStore(panel.targets, [times[target.start] for target in panel.original], [], cut, [], None)
             for panel in panels
         ]
         store = SampledLabels(panels, shards, 0)

@@ -145,18 +145,21 @@ class _Kept(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         store: Any = self.model.policy.qa_joint.store
-        self.most = max(self.most, _bytes(vars(store)) / len(store))
+        arrays = {id(array): array.nbytes for array in _arrays(vars(store))}
+        self.most = max(self.most, sum(arrays.values()) / len(store))
 
 
-def _bytes(kept: Any) -> int:
-    """Of all arrays in what is kept."""
+def _arrays(kept: Any) -> Iterator[Any]:
+    """All arrays in what is kept; in place of views, what they are of."""
     if isinstance(kept, np.ndarray):
-        return kept.nbytes
-    if isinstance(kept, dict):
-        return sum(_bytes(each) for each in kept.values())
-    if isinstance(kept, (list, tuple)):
-        return sum(_bytes(each) for each in kept)
-    return _bytes(vars(kept)) if type(kept).__module__.startswith("sb3_qa") and hasattr(kept, "__dict__") else 0
+        yield kept if kept.base is None else kept.base
+    elif isinstance(kept, dict):
+        yield from _arrays(list(kept.values()))
+    elif isinstance(kept, (list, tuple)):
+        for each in kept:
+            yield from _arrays(each)
+    elif type(kept).__module__.startswith("sb3_qa") and hasattr(kept, "__dict__"):
+        yield from _arrays(vars(kept))
 
 
 def growth_with_the_trunk(pairs: int) -> list[dict[str, float]]:
