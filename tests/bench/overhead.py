@@ -1,12 +1,11 @@
 """How much slower is an agent that also answers? Joint against plain training, paired.
 
-One torch thread, the same optimiser (but for the row that says "fused": torch's fused Adam on the joint side, equal to float
-error), and default hyperparameters but for shorter rollouts of the images. Policies with questions buy some of the time back: Adam steps
-small tensors together, and distributions of actions take fewer steps, both bit for bit as in SB3. The row that says "alike" gives the
-plain agent that too, so that its figure is what the questions cost. In those that say "rarely" one minibatch in eight (seven) teaches the
-questions. The joint agent
-has eight yes/no questions, one of them about the action, and a wrapper answers all of them live at every step. Plain and
-joint runs alternate, so that drifts of the machine's speed hit both; the figure is the median of the pairs' ratios.
+One torch thread (or ``--threads``), the same optimiser (but for the row that says "fused": torch's fused Adam on the joint side,
+equal to float error), and default hyperparameters but for shorter rollouts of the images. Policies with questions buy some of the time
+back: Adam steps small tensors together, and distributions of actions take fewer steps, both bit for bit as in SB3. The row that says
+"alike" gives the plain agent that too, so that its figure is what the questions cost. In those that say "rarely" one minibatch in eight
+(seven) teaches the questions. The joint agent has eight yes/no questions, one of them about the action, and a wrapper answers all of
+them live at every step. Plain and joint runs alternate, so that drifts of the machine's speed hit both; the figure is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ import torch
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_qa import Question
 from sb3_qa.callbacks import QACallback
@@ -78,6 +79,36 @@ class Pictures(gym.ObservationWrapper[Any, Any, Any]):
         return self._frames[self._n % 8]
 
 
+class ResNet(BaseFeaturesExtractor):
+    """The residual network of IMPALA (Espeholt et al. 2018, arXiv 1802.01561), of 15 convolutions."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 256)
+        layers: list[nn.Module] = []
+        channels, side = observation_space.shape[:2]
+        for wider in (16, 32, 32):
+            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
+            layers += [Residual(wider), Residual(wider)]
+            channels, side = wider, (side + 1) // 2
+        layers += [nn.ReLU(), nn.Flatten(), nn.Linear(channels * side * side, 256), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.layers(obs)
+
+
+class Residual(nn.Module):
+    """Two convolutions whose output is added to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+        self.layers = nn.Sequential(nn.ReLU(), convolutions[0], nn.ReLU(), convolutions[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
 class Case(NamedTuple):
     """What is timed."""
 
@@ -102,6 +133,16 @@ CASES = {
     ),
     "ppo_fused": Case(PPO, "CartPole-v1", 8, 49_152, 1.00, own=dict(optimizer_kwargs=dict(fused=True))),
     "ppo_cnn": Case(PPO, "CartPole-v1", 8, 1024, 1.02, "CnnPolicy", dict(n_steps=64)),
+    "ppo_resnet": Case(
+        PPO,
+        "CartPole-v1",
+        8,
+        256,
+        1.02,
+        "CnnPolicy",
+        dict(n_steps=32),
+        policy_kwargs=dict(features_extractor_class=ResNet),
+    ),
     "dqn": Case(DQN, "CartPole-v1", 1, 15_000, 1.05),
     "sac": Case(SAC, "Pendulum-v1", 1, 1000, 1.05),
     "td3": Case(TD3, "Pendulum-v1", 1, 1500, 1.05),
@@ -144,6 +185,7 @@ def joint(case: Case, steps: int, clock: Clock = time.perf_counter) -> float:
 def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:
     """Run the pairs, print the figure, and return the line for the history."""
     warm_up = min(steps, 300)
+    threads = torch.get_num_threads()
     plain(case, warm_up), joint(case, warm_up)
     ratios = []
     for n in range(pairs):
@@ -152,7 +194,8 @@ def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:
         print(f"{name} pair {n + 1}: plain {before:.2f} s, joint {after_:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
     ratio = statistics.median(ratios)
     print(
-        f"{name}: joint / plain, {case.policy}, {case.n_envs} x {case.env}, 8 yes/no questions answered live: median {ratio:.3f} "
+        f"{name}: joint / plain, {case.policy}, {case.n_envs} x {case.env}, 8 yes/no questions answered live, {threads} thread(s): "
+        f"median {ratio:.3f} "
         f"(min {min(ratios):.3f}, max {max(ratios):.3f}, {pairs} pairs); target at most {case.target:.2f}: "
         f"{'met' if ratio <= case.target else 'missed'}\n",
         flush=True,
@@ -160,6 +203,7 @@ def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "bench": f"{name}_8q_live",
+        "threads": threads,
         "ratio": round(ratio, 4),
         "min": round(min(ratios), 4),
         "max": round(max(ratios), 4),
@@ -177,8 +221,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, help="environment steps of a run, in place of each case's own")
     parser.add_argument("--no-history", action="store_true", help="do not append to history.jsonl")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     for name in args.only:
         row = measure(name, CASES[name], args.pairs, args.steps or CASES[name].steps)
         if not args.no_history:
