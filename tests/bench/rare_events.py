@@ -144,7 +144,7 @@ def table(rows: list[dict[str, Any]], first: int, last: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150_000)
     parser.add_argument("--every", type=int, default=25_000)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
