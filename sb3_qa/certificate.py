@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from sb3_qa.bounds import THRESHOLDS, allowed, check_share, check_whole, fixed_sequence, needed, upper_bound
 from sb3_qa.errors import QAError
 from sb3_qa.truth import Fact
+from sb3_qa.units import observation_normalizer
 
 if TYPE_CHECKING:  # the running of episodes stands above this module, and the answerer beside it
     from stable_baselines3.common.vec_env import VecEnv
@@ -97,6 +99,8 @@ class Certificate:
     """Wrappers, specification and spaces."""
     digests: Mapping[str, str | None] = field(hash=False)
     """SHA-256 of the answerer's ``weights`` and ``questions``, of the ``agent``'s weights, and of the ``normalizer``'s statistics."""
+    catastrophe: str | None = None
+    """What counted as one, where that was given: a key of ``info``, or the name of a callable; None for the question's own fact."""
     mismatch: Literal["error", "warn"] = field(default="error", compare=False)
     """What a wrapper does when its answerer is not the one certified, see :meth:`only_warn`; not saved."""
 
@@ -128,11 +132,14 @@ class Certificate:
         before = f"at least {self.lead} step{'s' * (self.lead > 1)} before"
         if self.window is not None:
             before += f" and at most {self.window} before"
+        what = f"the catastrophe of {self.question!r}"
+        if self.catastrophe is not None:
+            what = f"{self.catastrophe!r} (in place of {what})"
         alarms = ""
         if self.false_alarm_rate is not None:
             alarms = f", and of the episodes without it at most {self.false_alarm_rate:.4g} have a flag"
         return (
-            f"With confidence {self.confidence:g}: of the episodes in which the catastrophe of {self.question!r} happens, at most a share "
+            f"With confidence {self.confidence:g}: of the episodes in which {what} happens, at most a share "
             f"of {self.miss_rate:.4g} come without a flag (risk >= {self.threshold:.6g}) {before}{alarms}. This is about these weights of "
             "answerer and agent in this environment while nobody acts on the flags. It ends when either of them learns on or is "
             "exchanged, or the environment changes. Under a veto, which changes the states visited, what remains is that at most a "
@@ -185,18 +192,23 @@ class Certificate:
         """
         return replace(self, mismatch="warn")
 
-    def check(self, qa: QuestionAnswerer) -> None:
+    def check(self, qa: QuestionAnswerer, env: Any = None) -> None:
         """Refuse an answerer that is not the one certified.
 
-        :raises QAError: when its weights or its questions are others (a warning is logged after :meth:`only_warn`)
+        :param env: an SB3 environment, to hold what it normalises observations by against the certificate too
+        :raises QAError: when weights, questions or statistics are others (a warning is logged after :meth:`only_warn`)
         """
-        got = answerer_digests(qa)
-        differ = [name for name, digest in got.items() if digest != self.digests[name]]
+        got: dict[str, str | None] = dict(answerer_digests(qa))
+        if env is not None:
+            got["normalizer"] = normalizer_digest(env)
+        differ = [name for name, digest in got.items() if digest != self.digests.get(name)]
         if not differ:
             return
+        words = {"normalizer": "statistics of observations (VecNormalize)"}
         message = (
-            f"the answerer's {' and '.join(differ)} are not those that were certified for {self.question!r} "
-            f"(digest {got[differ[0]][:12]}; expected {str(self.digests[differ[0]])[:12]}): the certificate says nothing of it"
+            f"the answerer's {' and '.join(words.get(name, name) for name in differ)} are not those that were certified for "
+            f"{self.question!r} (digest {str(got[differ[0]])[:12]}; expected {str(self.digests.get(differ[0]))[:12]}): the certificate "
+            "says nothing of it"
         )
         if self.mismatch == "error":
             raise QAError(
@@ -382,6 +394,7 @@ def certify(
         seeds=played.seeds,
         environment=played.environment,
         digests=played.digests,
+        catastrophe=None if catastrophe is None else name_of(catastrophe),
     )
 
 
@@ -426,4 +439,21 @@ def answerer_digests(qa: QuestionAnswerer) -> dict[str, str]:
     """What tells the answerer that was certified from another."""
     from sb3_qa.storage import questions_digest, weights_digest
 
-    return {"weights": weights_digest(qa.policy), "questions": questions_digest(qa)}
+    return {"weights": weights_digest(qa.policy, target=qa.target), "questions": questions_digest(qa)}
+
+
+def normalizer_digest(env: Any) -> str | None:
+    """SHA-256 of what an SB3 environment normalises observations by; None where it does not."""
+    normalize = observation_normalizer(env)
+    if normalize is None:
+        return None
+    statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {"": normalize.obs_rms}
+    digest = hashlib.sha256()
+    for name in sorted(statistics):
+        digest.update(name.encode() + statistics[name].mean.tobytes() + statistics[name].var.tobytes())
+    return digest.hexdigest()
+
+
+def name_of(fact: Any) -> str:
+    """What a fact is called."""
+    return fact if isinstance(fact, str) else str(getattr(fact, "__name__", "a callable"))

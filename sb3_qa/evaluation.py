@@ -36,7 +36,8 @@ from sb3_qa.scores import (
 )
 from sb3_qa.truth import Fact, Step
 from sb3_qa.units import own_units
-from sb3_qa.wrappers.shell import row
+from sb3_qa.wrappers.shell import VecQAWrapper, qa_wrappers, row
+from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = [
     "AnswerRecord",
@@ -361,7 +362,9 @@ def run_episodes(
     """Let an agent play whole episodes.
 
     Episodes are allotted beforehand, ``e`` to environment ``e % n_envs``: taking whichever end first would favour
-    short ones. Rewards are the environment's own (``qa/raw_reward``, or before ``VecNormalize``).
+    short ones. An agent that takes masks of its actions is told the environment's own. A veto would mask what it objects to as
+    well: nothing would be proposed that it could veto, and how often it interferes could not be counted; it is told them too, as no
+    way out. Rewards are the environment's own (``qa/raw_reward``, or before ``VecNormalize``).
 
     :param agent: an SB3 model, or anything with its ``predict``
     :param venv: with the wrappers that are to be tried, bound to their answerer
@@ -375,6 +378,7 @@ def run_episodes(
     if isinstance(n_episodes, bool) or not isinstance(n_episodes, (int, np.integer)) or n_episodes < 1:
         raise QAError(f"run_episodes got n_episodes={n_episodes!r}; expected a whole number, at least 1; give e.g. 100")
     n_envs = venv.num_envs
+    agent = _told_masks(agent, venv)
     raw = _Raw(venv)
     judge = _Judge(catastrophe)
     episode, elapsed = np.arange(n_envs), np.zeros(n_envs, np.intp)
@@ -409,6 +413,27 @@ def run_episodes(
             record.begin(ended, raw.first(obs, ended), n_envs)
     judge.check_seen()
     return Episodes(tuple(finished[e] for e in range(n_episodes)))
+
+
+def _told_masks(agent: Agent, venv: VecEnv) -> Agent:
+    """The agent, told which actions the environments allow, where it asks for that and they tell it."""
+    predict = getattr(type(agent), "predict", None)
+    asks = "action_masks" in getattr(getattr(predict, "__code__", None), "co_varnames", ())
+    if not asks or not venv.unwrapped.has_attr("action_masks"):
+        return agent
+    around = [wrapper for wrapper, _ in qa_wrappers(venv) if isinstance(wrapper, VecQAWrapper)]
+    rules = [wrapper.rule for wrapper in around if isinstance(wrapper.rule, VetoRule)]
+
+    class Masked:
+        def predict(
+            self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        ) -> Any:
+            masks = np.array(venv.unwrapped.env_method("action_masks"), np.bool_)
+            for rule in rules:
+                rule.masks(masks)
+            return agent.predict(observation, state, episode_start, deterministic, action_masks=masks)  # type: ignore[call-arg]
+
+    return Masked()
 
 
 _TOLD = (("risk", float("nan")), ("catastrophe", False), ("vetoed", False))

@@ -196,16 +196,28 @@ class FlightLog:
         return Window(obs=_joined(whole, "obs"), frames=whole.get("frames"), last_obs=ending, **columns)
 
     def flags(self) -> dict[str, NDArray[Any]]:
-        """Of every flag what :func:`sb3_qa.scores.false_alarm_rate` takes, by the names of its arguments."""
+        """Of every flag what :func:`sb3_qa.scores.false_alarm_rate` takes, by the names of its arguments.
+
+        No outcome is told of flags that stand so near an environment's time limit that it would cut them off, *whatever came of
+        them*: of these only the catastrophes would be known.
+        """
         rows = self._db.execute(
-            "SELECT outcome, probability, vetoed, run, env, episode FROM events WHERE flagged ORDER BY id"
+            "SELECT outcome, probability, vetoed, run, env, episode, step FROM events WHERE flagged ORDER BY id"
         ).fetchall()
         episodes: dict[Any, int] = {}
+        runs = self.runs()
+
+        def outcome(row: Any) -> float:
+            about = runs.get(row[3], {})
+            limit, horizon = about.get("time_limits", {}).get(str(row[4])), about.get("horizon")
+            cut = limit is not None and horizon is not None and row[6] + horizon > limit
+            return float("nan") if row[0] is None or cut else float(row[0])
+
         return {
-            "outcome": np.array([np.nan if row[0] is None else row[0] for row in rows], float),
+            "outcome": np.array([outcome(row) for row in rows], float),
             "probability": np.array([row[1] for row in rows], float),
             "executed": np.array([not row[2] for row in rows], np.bool_),
-            "episode": np.array([episodes.setdefault(row[3:], len(episodes)) for row in rows], np.int64),
+            "episode": np.array([episodes.setdefault(row[3:6], len(episodes)) for row in rows], np.int64),
         }
 
 

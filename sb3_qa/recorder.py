@@ -111,6 +111,8 @@ class Batch:
         self.chunks: list[Chunk] = []
         self.outcomes: list[tuple[int, int]] = []
         """(1 if the catastrophe came within the question's horizon, 0 if not; the event)."""
+        self.about: tuple[int, Mapping[str, Any]] | None = None
+        """What is now known of a run."""
 
 
 _INSERT = f"INSERT INTO events ({', '.join(Event._fields)}) VALUES ({', '.join('?' * len(Event._fields))})"
@@ -283,6 +285,9 @@ class FlightRecorder:
             db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?)", chunks)
             if batch.outcomes:
                 db.executemany("UPDATE events SET outcome = ? WHERE id = ?", batch.outcomes)
+            if batch.about:
+                run, about = batch.about
+                db.execute("UPDATE runs SET about = ? WHERE id = ?", (json.dumps(about), run))
             if self.lost:
                 db.execute("UPDATE counts SET value = value + ? WHERE name = 'lost'", (self.lost,))
             db.execute("COMMIT")

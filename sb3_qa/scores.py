@@ -224,7 +224,8 @@ def false_alarm_rate(
     lower where outcomes of one episode are alike.
 
     It is about the flags of the agent *as it acts under the veto*, and about what follows when later vetoes are
-    carried out as before. A flag whose outcome was cut off by a time limit is left out, as if the limit came by chance.
+    carried out as before. Outcomes that a time limit cut off are to be nan, and where the limit is a fixed one those that it would have cut
+    off too, as :meth:`sb3_qa.flight_log.FlightLog.flags` tells them; a limit that varies is taken to come by chance.
 
     :param outcome: (n,), of every flag whether the catastrophe came, 1 or 0; nan where that is not known. Those of
         actions that were not executed are not looked at

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer
-from sb3_qa.certificate import answerer_digests
+from sb3_qa.certificate import answerer_digests, name_of, normalizer_digest
 from sb3_qa.errors import QAError
 from sb3_qa.evaluation import Agent, SeededEpisodes, Trace, run_episodes
 from sb3_qa.extras import need
@@ -35,7 +36,7 @@ from sb3_qa.questions import Catalogue
 from sb3_qa.storage import weights_digest
 from sb3_qa.truth import Fact, Step
 from sb3_qa.wrappers.shell import as_answerer, qa_wrappers
-from sb3_qa.wrappers.veto import VecVetoAction, VetoRule
+from sb3_qa.wrappers.veto import VecVetoAction, VetoAction, VetoRule
 
 __all__ = ["CatastropheOf", "ShadowEpisodes", "episode_record", "play_shadow"]
 
@@ -231,13 +232,15 @@ def play_shadow(
             f"certify got qa={qa!r}; expected a QuestionAnswerer or the path of one; give e.g. from_model(model)"
         )
     _check_environment(env)
-    shadow = VecVetoAction(env, question, 1.0, shadow=True, qa=answerer)
+    # A question about the state is certified too, for vetoes by a callable or a model; here nobody acts on it.
+    per_action = answerer.catalogue.find(question).per_action
+    shadow = VecVetoAction(env, question, 1.0, "safest" if per_action else _as_proposed, shadow=True, qa=answerer)
     fact = CatastropheOf(answerer, model, question) if catastrophe is None else catastrophe
     header = {
         "format": FORMAT,
         "version": VERSION,
         "question": question,
-        "catastrophe": str(fact) if isinstance(fact, (str, CatastropheOf)) else getattr(fact, "__name__", "callable"),
+        "catastrophe": str(fact) if isinstance(fact, (str, CatastropheOf)) else _described(fact),
         "lead": lead,
         "window": window,
         **claim,
@@ -261,7 +264,7 @@ def play_shadow(
                 )
             start = _seed_of_round(seed, len(played.rounds))
             shadow.seed(start)
-            with _own_randomness(model, start):
+            with _own_randomness(model, start, env.num_envs):
                 round_ = run_episodes(
                     model, shadow, min(wanted, env.num_envs), catastrophe=fact, deterministic=deterministic
                 )
@@ -292,6 +295,17 @@ def _wanted(played: ShadowEpisodes, episodes: int | None, enough: tuple[int, int
     if seen >= enough[0] and played.episodes - seen >= enough[1]:
         return 0
     return most - played.episodes
+
+
+def _as_proposed(obs: Any, action: Any) -> Any:
+    return action
+
+
+def _described(fact: Any) -> str:
+    """What tells a callable from another in a file of episodes: its name, and what it does."""
+    code = getattr(fact, "__code__", None)
+    does = "" if code is None else repr((code.co_code, code.co_consts, code.co_names))
+    return f"{name_of(fact)} {hashlib.sha256(does.encode()).hexdigest()[:12]}"
 
 
 def describe(env: VecEnv) -> dict[str, Any]:
@@ -364,6 +378,12 @@ def _check_environment(env: Any) -> None:
                 f"certify got an environment with an acting {type(wrapper).__name__}; expected none, as what would happen without it is to "
                 "be seen; leave it out, or give it shadow=True"
             )
+    inside = any(True for wrapper, _ in qa_wrappers(env) if isinstance(wrapper, VetoAction))  # was looked at above
+    if not inside and any(env.env_is_wrapped(VetoAction)):
+        raise QAError(
+            "certify got environments with a VetoAction in other processes, where it cannot be seen whether it acts; expected none, as "
+            "what would happen without it is to be seen; leave it out"
+        )
     if any(env.env_is_wrapped(SeededEpisodes)):
         raise QAError(
             "certify got environments in SeededEpisodes; expected ones that take the seeds it gives; leave that out"
@@ -375,13 +395,7 @@ def _digests(qa: QuestionAnswerer, model: Any, env: VecEnv) -> dict[str, str | N
     digests: dict[str, str | None] = {**answerer_digests(qa), "agent": None, "normalizer": None}
     if isinstance(policy, torch.nn.Module):
         digests["agent"] = weights_digest(policy)
-    normalize = unwrap_vec_normalize(env)
-    if normalize is not None and normalize.norm_obs:
-        statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {"": normalize.obs_rms}
-        digest = hashlib.sha256()
-        for name in sorted(statistics):
-            digest.update(name.encode() + statistics[name].mean.tobytes() + statistics[name].var.tobytes())
-        digests["normalizer"] = digest.hexdigest()
+    digests["normalizer"] = normalizer_digest(env)
     return digests
 
 
@@ -412,8 +426,11 @@ def _held_statistics(env: VecEnv) -> Iterator[None]:
 
 
 @contextmanager
-def _own_randomness(model: Any, seed: int) -> Iterator[None]:
-    """Seed what an agent draws its actions from, and leave the streams that training goes on with as they were."""
+def _own_randomness(model: Any, seed: int, n_envs: int) -> Iterator[None]:
+    """Seed what an agent draws its actions from, and leave the streams that training goes on with as they were.
+
+    The noise of gSDE is a function of the state that is drawn once in a while: here for every episode by itself.
+    """
     device = getattr(model, "device", None)
     cuda = [device] if isinstance(device, torch.device) and device.type == "cuda" else []
     before, space = np.random.get_state(), getattr(model, "action_space", None)
@@ -423,12 +440,27 @@ def _own_randomness(model: Any, seed: int) -> Iterator[None]:
         if space is not None:  # DQN explores by it
             model.action_space = copy.deepcopy(space)
             model.action_space.seed(seed)
+        noise = _noise_of(model)
+        kept = [dict(vars(each)) for each in noise]
+        if noise:
+            (model.policy if hasattr(model.policy, "reset_noise") else model.actor).reset_noise(n_envs)
         try:
             yield
         finally:
+            for each, before_it in zip(noise, kept, strict=True):
+                vars(each).update(before_it)
             np.random.set_state(before)
             if space is not None:
                 model.action_space = space
+
+
+def _noise_of(model: Any) -> list[Any]:
+    """The distributions whose noise depends on the state."""
+    policy = getattr(model, "policy", None)
+    if not getattr(model, "use_sde", False) or policy is None:
+        return []
+    found = [getattr(each, "action_dist", None) for each in (policy, getattr(policy, "actor", None))]
+    return [each for each in found if isinstance(each, StateDependentNoiseDistribution)]
 
 
 class _Progress:

@@ -204,9 +204,15 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor])
     return digest.hexdigest()
 
 
-def weights_digest(policy: torch.nn.Module) -> str:
-    """SHA-256 over a policy's weights, its head's among them: the same live, frozen, saved, and on every device."""
+def weights_digest(policy: Any, *, target: bool = False) -> str:
+    """SHA-256 over a policy's weights, its head's among them: the same live, frozen, saved, and on every device.
+
+    :param target: and over those of the head of its target network, which answers (the network's own are among the policy's)
+    """
     state = all_weights(policy) if hasattr(policy, "qa_head") else policy.state_dict()
+    if target:
+        head = getattr(policy, policy.qa_target[1]).qa_head
+        state |= {f"qa_head_target.{name}": x for name, x in head.state_dict(keep_vars=True).items()}
     return _digest({}, {name: tensor.detach().cpu() for name, tensor in state.items()})
 
 

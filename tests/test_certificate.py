@@ -13,28 +13,41 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sb3_contrib import MaskablePPO
 from scipy.stats import beta, binom, binomtest
-from stable_baselines3 import DQN, PPO
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from wrapping import Toy
 
 from sb3_qa import Certificate, QAError, Question, QuestionAnswerer, bounds, certify, monitor
 from sb3_qa.bounds import THRESHOLDS, allowed, binomial_cdf, fixed_sequence, needed, upper_bound
 from sb3_qa.callbacks import CertifyCallback, QACallback
 from sb3_qa.certificate import NotCertified, confidence_of_each
 from sb3_qa.evaluation import Trace, seeded_vec_env
+from sb3_qa.flight_log import FlightLog
 from sb3_qa.monitor import MissMonitor, RateMonitor
 from sb3_qa.policies import qa_policy
 from sb3_qa.shadow import ShadowEpisodes, episode_record
 from sb3_qa.testing import ActionWalk
 from sb3_qa.truth import eventually
-from sb3_qa.wrappers import VecVetoAction, VetoAction
+from sb3_qa.wrappers import VecVetoAction, VetoAction, vector
+from sb3_qa.wrappers import guard as guard_module
 from sb3_qa.wrappers.guard import Guard
 from sb3_qa.wrappers.shell import Arrival
 
 HIT = Question("Hit within {k} steps of {action}?", eventually("hit", within="k"), k=[1, 3], name="hit")
 LIMIT = 20
+
+
+class Moved(ActionWalk):
+    """Catastrophes at both ends, where one was certified."""
+
+    def _info(self):
+        return {"hit": self._cell in (0, self.cells - 1), "cell": self._cell}
 
 
 def walks(n: int = 4, cells: int = 5) -> DummyVecEnv:
@@ -589,11 +602,6 @@ class TestVeto:
 
     def test_an_alarm(self, certificate, qa, caplog):
         """The walls have moved: catastrophes now come where nothing is flagged."""
-
-        class Moved(ActionWalk):
-            def _info(self):
-                return {"hit": self._cell in (0, self.cells - 1), "cell": self._cell}
-
         blind = replace(certificate, threshold=1.0)
         env = VecVetoAction(
             DummyVecEnv([lambda: Moved(5, 0.0, time_limit=LIMIT)] * 4), "hit[k=3]", blind, shadow=True, qa=qa
@@ -607,6 +615,61 @@ class TestVeto:
         assert caplog.text.count("arrive more often than certified") == 1
         assert env.reset_infos[0]["qa/alarm"] is True
 
+    @pytest.mark.parametrize("mode", list(AutoresetMode)[:2])
+    def test_gymnasium_vector_environments_too(self, certificate, qa, mode, tmp_path):
+        """What happens in them is in infos of another shape, and at the ends of episodes in other places."""
+        blind = replace(certificate, threshold=1.0)
+        envs = SyncVectorEnv([lambda: Moved(5, 0.0, time_limit=LIMIT)] * 3, autoreset_mode=mode)
+        envs = vector.VetoAction(envs, "hit[k=3]", blind, qa=qa, record=tmp_path / "flight.sqlite")
+        envs.reset(seed=0)
+        hits = ended = 0  # at the right end it goes on hitting until the time limit
+        resetting = np.zeros(3, np.bool_)
+        for _ in range(130):
+            _, _, _, truncated, infos = envs.step(np.ones(3, np.int64))
+            ended += truncated.sum()
+            if mode == AutoresetMode.SAME_STEP:
+                hits += int(np.sum(infos["hit"] & ~truncated))
+                hits += int(np.sum(infos["final_info"]["hit"] & truncated)) if truncated.any() else 0
+            else:
+                hits += int(np.sum(infos["hit"] & ~resetting))
+                resetting = truncated
+        envs.close()
+        watched = envs.rule.guard.monitor
+        assert ended == 18 <= watched.events == watched.count <= 21 and watched.alarm
+        assert infos["qa/alarm"].all()
+        with FlightLog(tmp_path / "flight.sqlite") as log:
+            assert sum(bool(event.catastrophe) for event in log.events()) == hits
+
+    def test_a_callable_fact_is_watched(self, caplog, tmp_path):
+        """Of a live answerer; the file of one does not hold it, and that is said."""
+        hit = Question("Hit after {action}?", eventually(lambda step: step.info["hit"], within=3), name="hit")
+        model = make_model(questions=[hit])
+        qa = QuestionAnswerer.from_model(model)
+        mine = replace(
+            certify(qa, walks(), "hit", model, 0.9, confidence=0.5, thresholds=[1e-6], seed=0), threshold=1.0
+        )
+        qa.save(tmp_path / "walk.qa")
+        for answerer, count in ((qa, 16), (tmp_path / "walk.qa", 0)):
+            env = VecVetoAction(DummyVecEnv([lambda: Moved(5, 0.0, time_limit=LIMIT)] * 2), "hit", mine, qa=answerer)
+            env.reset()
+            for _ in range(8 * LIMIT):
+                env.step(np.ones(2, np.int64))
+            assert env.rule.guard.monitor.events == env.rule.guard.monitor.count == count
+            assert ("qa/alarm will NOT be raised" in caplog.text) is (count == 0)
+
+    def test_an_answerer_bound_anew_ends_no_episode(self, certificate, qa):
+        counts = []
+        for bound_anew in (False, True):
+            env = VecVetoAction(walks(), "hit[k=3]", certificate, qa=qa)
+            env.seed(0)
+            env.reset()
+            for _ in range(100):
+                env.step(np.ones(4, np.int64))
+                if bound_anew:
+                    env.bind(qa)
+            counts.append((env.rule.guard.monitor.count, env.rule.guard.monitor.events))
+        assert counts[0] == counts[1] and counts[0][0] > 10
+
     def test_episodes_are_counted_in_the_order_they_began(self, certificate, qa):
         """A short one that ended waits for a long one that began before it."""
         env = DummyVecEnv([lambda: ActionWalk(5, 0.0, time_limit=5), lambda: ActionWalk(5, 0.0, time_limit=2)])
@@ -619,17 +682,139 @@ class TestVeto:
         assert counts == [0, 0, 0, 0, 3, 4, 4]
 
 
+class TestWhatIsCertified:
+    """The pair as it acts, on episodes that are independent, and all of it held against what is used."""
+
+    def test_masks_are_told_to_an_agent_that_takes_them(self):
+        class Forbidding(ActionWalk):
+            taken: list = []
+
+            def action_masks(self):
+                return np.array([False, True])
+
+            def step(self, action):
+                self.taken.append(int(action))
+                return super().step(action)
+
+        env = DummyVecEnv([lambda: Forbidding(5, 0.3, time_limit=LIMIT)] * 4)
+        model = make_model(env, MaskablePPO, n_steps=32, batch_size=32)
+        qa = QuestionAnswerer.from_model(model)
+        certify(qa, env, "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        assert set(Forbidding.taken) == {1}
+
+    @pytest.mark.parametrize("algorithm", [PPO, SAC])
+    def test_noise_that_depends_on_the_state_is_drawn_for_each_episode(self, algorithm):
+        """And comes from the seed; the agent's own is left as it was."""
+        env = DummyVecEnv([lambda: Toy(spaces.Box(-1, 1, (1,), np.float32), length=3)] * 2)
+        question = Question("Crash within 3 of {action}?", eventually("crashed", within=3), name="c")
+        model = algorithm(
+            qa_policy(algorithm),
+            env,
+            seed=0,
+            use_sde=True,
+            policy_kwargs=dict(questions=[question], net_arch=[8]),
+            device="cpu",
+        )
+        dist = model.policy.action_dist if algorithm is PPO else model.actor.action_dist
+        qa, drawn, kept = QuestionAnswerer.from_model(model), [], []
+        predict = model.predict
+
+        def noting(obs, *args, **kwargs):
+            drawn[-1].append(dist.exploration_matrices.detach().clone())
+            return predict(obs, *args, **kwargs)
+
+        model.predict = noting
+        for _ in range(2):
+            (model.policy if algorithm is PPO else model.actor).reset_noise(2)
+            kept.append(dist.exploration_matrices.detach().clone())
+            drawn.append([])
+            certify(qa, env, "c", model, 0.9, confidence=0.5, thresholds=[1e-6], episodes=8, seed=3)
+            assert torch.equal(dist.exploration_matrices, kept[-1])
+        assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+        assert not torch.equal(*kept)
+        assert len({float(each.sum()) for each in drawn[0]}) == 4  # rounds of two episodes
+
+    def test_a_target_answerer_is_another(self):
+        model = make_model(algorithm=DQN, learning_starts=10)
+        model.learn(200, callback=QACallback())
+        live, target = (QuestionAnswerer.from_model(model, target=which) for which in (False, True))
+        mine = certify(live, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        mine.check(live)
+        with pytest.raises(QAError, match="weights are not those that were certified"):
+            mine.check(target)
+
+    def test_weights_written_past_the_count_of_changes_are_found(self, monkeypatch):
+        monkeypatch.setattr(guard_module, "LOOK_AGAIN", 0.0)
+        model = make_model()
+        qa = QuestionAnswerer.from_model(model)
+        mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        env = VecVetoAction(walks(), "hit[k=3]", threshold=mine, qa=qa)
+        env.reset()
+        env.step(np.zeros(4, np.int64))
+        version = qa.version
+        model.policy.action_net.bias.data.add_(0.1)
+        assert qa.version == version
+        with pytest.raises(QAError, match="are not those that were certified"):
+            env.step(np.zeros(4, np.int64))
+
+    def test_other_statistics_of_observations_are_refused(self, tmp_path):
+        env = VecNormalize(walks(), norm_reward=False)
+        model = make_model(env)
+        model.learn(128, callback=QACallback())
+        qa = QuestionAnswerer.from_model(model)
+        env.save(tmp_path / "normalize.pkl")
+        mine = certify(qa, env, "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        same = VecNormalize.load(tmp_path / "normalize.pkl", walks())
+        VecVetoAction(same, "hit[k=3]", threshold=mine, qa=qa)
+        same.obs_rms.mean += 1.0
+        with pytest.raises(QAError, match=r"statistics of observations \(VecNormalize\) are not those"):
+            VecVetoAction(same, "hit[k=3]", threshold=mine, qa=qa)
+
+    def test_another_catastrophe_stands_in_the_claim(self, model, qa, tmp_path):
+        common = dict(miss_rate=0.9, confidence=0.5, thresholds=[1e-6], path=tmp_path / "episodes.jsonl")
+        mine = certify(qa, walks(), "hit[k=3]", model, catastrophe=lambda step: step.info["cell"] == 4, **common)
+        assert "'<lambda>' (in place of the catastrophe of 'hit[k=3]')" in mine.claim
+        assert Certificate.from_dict(mine.to_dict()) == mine
+        with pytest.raises(QAError, match="differs in .*catastrophe"):
+            certify(qa, walks(), "hit[k=3]", model, catastrophe=lambda step: step.info["cell"] == 3, **common)
+        keyed = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6], catastrophe="cell")
+        env = VecVetoAction(walks(), "hit[k=3]", replace(keyed, threshold=1.0), qa=qa)
+        env.reset()
+        for _ in range(3 * LIMIT):
+            env.step(np.ones(4, np.int64))
+        assert env.rule.guard.monitor.events > 8  # a cell other than 0 is where that one happens
+
+    def test_an_acting_veto_in_another_process_is_refused(self, model, qa, tmp_path):
+        qa.save(tmp_path / "walk.qa")
+        path = str(tmp_path / "walk.qa")
+        env = SubprocVecEnv([lambda: VetoAction(ActionWalk(5, 0.3, time_limit=LIMIT), "hit[k=3]", 0.5, qa=path)])
+        try:
+            with pytest.raises(QAError, match="VetoAction in other processes"):
+                certify(qa, env, "hit[k=3]", model)
+        finally:
+            env.close()
+
+    def test_a_question_about_the_state(self):
+        near = Question("Hit within 3 steps?", eventually("hit", within=3), name="near")
+        model = make_model(questions=[HIT, near])
+        qa = QuestionAnswerer.from_model(model)
+        mine = certify(qa, walks(), "near", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        env = VecVetoAction(walks(), "near", mine, on_veto=lambda obs, action: 1, qa=qa)
+        env.reset()
+        assert env.step(np.zeros(4, np.int64))[3][0]["qa/catastrophe"]
+
+
 class TestGuard:
     def watched(self, certificate, qa, flags, facts, shadow=True):
         """Whether the first catastrophe was found flagged, of one episode."""
         guard = Guard(certificate, shadow)
         guard.bind(qa)
-        told = [{}]
-        guard.begin(np.array([0]), told)
-        assert told == [{"qa/alarm": False}]
+        guard.begin(np.array([0]))
         for n, (flag, fact) in enumerate(zip(flags, facts, strict=True)):
-            last = np.array([n == len(flags) - 1])
-            guard.watch(np.array([flag]), Arrival(None, np.zeros(1), last, last, [{"hit": fact}]))
+            last, infos = np.array([n == len(flags) - 1]), [{}]
+            happened = None if fact is None else np.array([bool(fact)])
+            guard.watch(np.array([flag]), Arrival(None, np.zeros(1), last, last, infos), happened)
+            assert infos == [{"qa/alarm": False}]
         return guard.monitor.count, guard.monitor.events
 
     @pytest.mark.parametrize(
@@ -657,11 +842,36 @@ class TestGuard:
         """That of the second environment is not told before the first one's episode is over; meanwhile a flagged one comes."""
         guard = Guard(certificate, shadow=False)
         guard.bind(qa)
-        guard.begin(np.array([0, 1]), [{}, {}])
+        guard.begin(np.array([0, 1]))
         for n in range(3):
-            infos, done = [{"hit": False}, {"hit": n < 2}], np.array([n == 2, n == 2])
-            guard.watch(np.array([False, n == 1]), Arrival(None, np.zeros(2), done, done, infos))
+            happened, done = np.array([False, n < 2]), np.array([n == 2, n == 2])
+            guard.watch(np.array([False, n == 1]), Arrival(None, np.zeros(2), done, done, [{}, {}]), happened)
             assert (guard.monitor.count, guard.monitor.events) == ((2, 1) if n == 2 else (0, 0))
+
+    def test_what_nobody_knows_is_not_counted_and_said_once(self, certificate, qa, caplog):
+        with caplog.at_level(logging.WARNING):
+            assert self.watched(certificate, qa, [0, 0], [None, None], shadow=False) == (0, 0)
+        assert caplog.text.count("qa/alarm will NOT be raised") == 1
+        # A fact that is told only when it happens was not known before, and that one is.
+        assert self.watched(certificate, qa, [0, 0], [None, 1], shadow=False) == (1, 1)
+
+    def test_an_episode_that_goes_on_and_on_does_not_silence_it(self, certificate, qa):
+        """It is waited for by a hundred others, and counted when it ends; the rest in the order of their beginnings."""
+        guard = Guard(certificate, shadow=False)
+        guard.bind(qa)
+        guard.begin(np.array([0, 1]))
+        for n in range(150):
+            last = n == 149
+            done = np.array([last, True])
+            infos = [{}, {}]
+            guard.watch(np.zeros(2, np.bool_), Arrival(None, np.zeros(2), done, done, infos), np.array([False, True]))
+            assert infos[0]["qa/alarm"] is guard.monitor.alarm
+            guard.begin(np.flatnonzero(done))
+            if n == 50:
+                assert guard.monitor.count == 0
+            if n == 120:
+                assert guard.monitor.count > 100 and guard.monitor.alarm
+        assert guard.monitor.count == 151 and guard.monitor.events == 150
 
 
 def test_examples():

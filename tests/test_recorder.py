@@ -27,6 +27,7 @@ from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.flight_log import FlightLog
 from sb3_qa.policies import qa_policy
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack, unpack
+from sb3_qa.scores import false_alarm_rate
 from sb3_qa.truth import after, eventually
 from sb3_qa.wrappers import VecVetoAction, VetoAction
 from sb3_qa.wrappers import evidence as evidence_module
@@ -232,6 +233,39 @@ class TestWhatIsWritten:
             assert event.outcome is expected, event
             found[expected] = found.get(expected, 0) + 1
         assert min(found.values()) >= 8 and len(found) == 3
+
+    def test_false_alarms_are_not_told_wrong_by_a_time_limit(self, path):
+        """Of flags just before it, only the catastrophes would be known: they are left out whatever came of them."""
+
+        class Hazard(gym.Env):
+            observation_space, action_space = VECTOR, spaces.Discrete(2)
+
+            def reset(self, *, seed=None, options=None):
+                super().reset(seed=seed)
+                self.n = 0
+                return self.observation_space.sample() * 0, {"crashed": False}
+
+            def step(self, action):
+                self.n += 1
+                crashed = bool(self.np_random.random() < 0.05)
+                cut = not crashed and self.n == 12
+                return np.zeros(VECTOR.shape, np.float32), 0.0, crashed, cut, {"crashed": crashed}
+
+        question = Question("Crash within 10 steps of {action}?", eventually("crashed", within=10), name="c")
+        qa = QuestionAnswerer.from_model(make_model(DummyVecEnv([Hazard]), questions=[question]))
+        env = VecVetoAction(DummyVecEnv([Hazard] * 8), "c", 0.0, shadow=True, qa=qa, record=path)
+        env.seed(0)
+        env.reset()
+        for _ in range(500):
+            env.step(np.zeros(8, np.int64))
+        env.close()
+        with FlightLog(path) as log:
+            assert log.runs()[1]["time_limits"] == {str(i): 12 for i in range(8)}
+            flags, events = log.flags(), log.events()
+        early = np.array([event.step <= 2 for event in events if event.flagged])
+        assert np.isnan(flags["outcome"][~early]).all() and np.isnan(flags["outcome"][early]).mean() < 0.1
+        rate = false_alarm_rate(**flags)
+        assert rate.low < 0.95**10 < rate.high and rate.high - rate.low < 0.15
 
     def test_what_came_of_a_question_about_one_moment(self, path):
         question = Question("Crashed 2 steps after {action}?", after("crashed", steps=2), name="c")

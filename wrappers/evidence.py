@@ -22,7 +22,7 @@ from sb3_qa.questions import Choice
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack
 from sb3_qa.wrappers.judged import Judged
 from sb3_qa.wrappers.shell import Arrival, row
-from sb3_qa.wrappers.surroundings import Fact, Ring, Stretch, by_name, environments_in, frames_of, seed_of
+from sb3_qa.wrappers.surroundings import Ring, Stretch, by_name, environments_in, frames_of, seed_of
 
 __all__ = ["Evidence"]
 
@@ -95,6 +95,10 @@ class Evidence:
         self._written = [0] * n  # steps that are written down, or are not wanted
         self._until: dict[int, int] = {}  # of environments that an event has happened in, how long to write on
         self._newest: dict[int, int] = {}  # and the number of that event
+        self._limits: dict[
+            int, int | None
+        ] = {}  # the steps after which an environment is cut off; None where they vary
+        self._described = True  # whether the record knows of them
         self._open_flags: dict[int, list[tuple[int, int]]] = {}  # that nothing has come of yet: number and time
 
     def bind(self, qa: QuestionAnswerer) -> None:
@@ -111,7 +115,6 @@ class Evidence:
         }
         self._risk_is_told = self.question in self._about_action
         self._listed = isinstance(qa.policy.action_space, spaces.Discrete)
-        self._fact = Fact(self.name, instance.question.truth.fact, instance.slots)
         truth = instance.question.truth
         self._horizon = instance.horizon if truth.operator in ("eventually", "after") else None
         self._exactly = truth.operator == "after"
@@ -163,27 +166,37 @@ class Evidence:
         if self.recorder.frames:
             self._pictures = frames_of(self.env)
 
-    def arrive(self, here: Reading, obs: Any, judged: Judged, executed: NDArray[Any], arrival: Arrival) -> None:
+    def arrive(
+        self,
+        here: Reading,
+        obs: Any,
+        judged: Judged,
+        executed: NDArray[Any],
+        arrival: Arrival,
+        happened: Bools | None,
+    ) -> None:
         """Take in a step.
 
         :param here: of the states that were acted in
         :param obs: those states
+        :param happened: (n,), whether the catastrophe did; None where that cannot be known
         """
         if len(judged.risk) != self._n:
             self._begin_anew(len(judged.risk))
         if self._ring is None:
             self._ring = Ring(max(self.recorder.before + 1, self.recorder.after, 1), obs)
         self._ring.add(obs, judged.proposed, executed, judged.risk, arrival.rewards, self._pictures)
-        happened = self._fact.of(arrival, executed, self.env)
         self._now += 1
         # Where nobody knows what a catastrophe is, terminations stand for them.
         bad = arrival.terminated if happened is None else happened
-        if judged.any_flagged or (bad is not self._fact.nowhere(self._n) and bad.any()):
+        if judged.any_flagged or any(bad.tolist()):
             self._record(np.flatnonzero(judged.flagged | bad), here, judged, executed, arrival, happened)
         if self._open_flags:
             self._settle(happened, arrival)
+        done = arrival.done.tolist()
+        if any(done):
+            self._note_limits(done, arrival.terminated)
         if self._until:
-            done = arrival.done.tolist()
             for i in [i for i, until in self._until.items() if until <= self._now or done[i]]:
                 self._finish(i, _last_obs(arrival, i) if done[i] else None)
         if self._since is not None and time.monotonic() - self._since >= self.recorder.delay:
@@ -199,6 +212,8 @@ class Evidence:
         if self._since is None:
             return
         self._answer()
+        if self._run and not self._described:
+            self._batch.about, self._described = (self._run, self._description), True
         self._batch.chunks += [steps.chunk() for steps in self._steps]
         batch, self._batch, self._steps, self._since = self._batch, Batch(), [], None
         self.recorder.write(batch)
@@ -221,7 +236,7 @@ class Evidence:
     ) -> None:
         """Write down an event of each of these environments, and the steps up to it."""
         if self._run is None:
-            self._run = self.recorder.begin_run({"wrapper": self.name, "question": self.question, **self.about})
+            self._run, self._described = self.recorder.begin_run(self._description), True
         now, decision = time.time(), judged.decision
         numbered, events, risks = [], [], []
         for i in rows.tolist():
@@ -295,6 +310,23 @@ class Evidence:
             for given in answers:
                 given[key] = _named(options, given[key])
         return answers
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        """What is written down of the wrapper as a whole."""
+        limits = {str(i): limit for i, limit in self._limits.items() if limit is not None}
+        about = {"wrapper": self.name, "question": self.question, **self.about}
+        return {**about, "horizon": self._horizon, "time_limits": limits}
+
+    def _note_limits(self, done: list[bool], terminated: Bools) -> None:
+        """Learn from the episodes that were cut off where a time limit is: it would cut off what is flagged just before it."""
+        for i in [i for i, over in enumerate(done) if over and not terminated[i]]:
+            length = self._now - self._start[i]
+            limit = length if self._limits.get(i, length) == length else None
+            if i not in self._limits or self._limits[i] != limit:
+                self._limits[i], self._described = limit, False
+                if self._run:
+                    self._wait()
 
     def _finish(self, i: int, last: Any) -> None:
         """Write down the steps after an event."""

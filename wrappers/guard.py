@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,15 @@ from numpy.typing import NDArray
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
-from sb3_qa.facts import fact_of_slots
 from sb3_qa.monitor import MissMonitor
 from sb3_qa.wrappers.shell import Arrival
 
 __all__ = ["Guard", "guard_of"]
 
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN = 1.0  # seconds until the weights are looked at again, though nothing says that they have changed
+MOST_WAITING = 100  # episodes that are over and wait for one that began before them
 Bools = NDArray[np.bool_]
 
 
@@ -46,6 +50,8 @@ class _Episode:
     step: int = 0
     flagged: bool | None = None
     """Whether its first catastrophe had a flag in time; None while there has been none."""
+    known: bool = True
+    """Whether of every step it is known if the catastrophe happened in it."""
     over: bool = False
     """Whether all is known that will be asked."""
 
@@ -54,7 +60,8 @@ class Guard:
     """Refuses an answerer that was not certified, and watches whether catastrophes come without a flag.
 
     Episodes are told to the monitor in the order in which they *began*: of those that run side by side, the ones with an
-    early catastrophe would else be counted first.
+    early catastrophe would else be counted first. One that a hundred others have overtaken is waited for no longer, and counted
+    when it ends.
 
     :param certificate: of the threshold
     :param shadow: whether nobody acts on the flags
@@ -64,57 +71,77 @@ class Guard:
         self.certificate = certificate
         self.shadow = shadow
         self.monitor = MissMonitor(certificate, per="catastrophe" if shadow else "episode")
-        self._checked: int | None = None
-        self._fact: str | None = None
+        self._checked, self._looked = -1, 0.0
         self._open: dict[int, _Episode] = {}
-        self._queue: deque[_Episode] = deque()
+        self._queue: list[_Episode] = []
+        self._warned = False
 
-    def bind(self, qa: QuestionAnswerer) -> None:
-        """Hold an answerer against the certificate, and find out which fact to watch."""
-        self._checked = None
-        self.check(qa)
-        instance = qa.catalogue.find(self.certificate.question)
-        fact = fact_of_slots(instance.question.truth.fact, instance.slots)
-        self._fact = fact if isinstance(fact, str) else None
+    def bind(self, qa: QuestionAnswerer, env: Any = None) -> None:
+        """Hold an answerer against the certificate, and what an environment normalises observations by, once it is known."""
+        self.certificate.check(qa, env)
+        self._checked, self._looked = qa.version, time.monotonic()
 
     def check(self, qa: QuestionAnswerer | None) -> None:
-        """The same again, if the weights may have changed since: a live answerer learns on."""
-        if qa is not None and qa.version != self._checked:
-            self.certificate.check(qa)
-            self._checked = qa.version
+        """The same of the answerer again, if its weights may have changed since: a live one learns on.
 
-    def begin(self, index: NDArray[np.intp], infos: Sequence[dict[str, Any]]) -> None:
-        """Episodes begin in these environments; tell ``qa/alarm``."""
-        for i, info in zip(index.tolist(), infos, strict=True):
-            if i in self._open:
-                self._open[
-                    i
-                ].over = True  # given up by a reset: a shorter episode, with no more misses than a whole one
+        Weights that were written to past torch's count of changes (by ``.data``, as target networks are) are found within a second.
+        """
+        if qa is not None and (qa.version != self._checked or time.monotonic() - self._looked > LOOK_AGAIN):
+            self.certificate.check(qa)
+            self._checked, self._looked = qa.version, time.monotonic()
+
+    def begin(self, index: NDArray[np.intp]) -> None:
+        """Episodes begin in these environments."""
+        for i in index.tolist():
+            if i in self._open:  # given up by a reset: a shorter episode, with no more misses than a whole one
+                self._open[i].over = True
             self._open[i] = _Episode()
             self._queue.append(self._open[i])
-            info["qa/alarm"] = self.monitor.alarm
 
-    def watch(self, flagged: Bools, arrival: Arrival) -> None:
-        """Take in a step of every environment: what was flagged, and what came of it; tell ``qa/alarm``."""
-        for i, info in enumerate(arrival.infos):
+    def watch(self, flagged: Bools, arrival: Arrival, happened: Bools | None) -> None:
+        """Take in a step of every environment: what was flagged, and what came of it; tell ``qa/alarm``.
+
+        :param happened: (n,), whether the catastrophe did; None where that cannot be known
+        """
+        for i in range(len(arrival.infos)):
             episode = self._open.get(i)
-            if episode is not None and self._fact is not None:
-                self._step(episode, bool(flagged[i]), info.get(self._fact))
+            if episode is not None:
+                self._step(episode, bool(flagged[i]), None if happened is None else bool(happened[i]))
                 if arrival.done[i]:
                     del self._open[i]
                     episode.over = True
-        while self._queue and self._queue[0].over:
-            episode = self._queue.popleft()
-            if episode.step:
-                self.monitor.update(episode.flagged)
+        if self._queue and (self._queue[0].over or len(self._queue) > MOST_WAITING + len(self._open)):
+            self._count()
         for info in arrival.infos:
             info["qa/alarm"] = self.monitor.alarm
 
-    def _step(self, episode: _Episode, flagged: bool, fact: Any) -> None:
+    def _count(self) -> None:
+        """Tell the monitor of episodes that are over, in the order of their beginnings."""
+        first_open = next((n for n, episode in enumerate(self._queue) if not episode.over), len(self._queue))
+        upto = len(self._queue) if len(self._queue) > MOST_WAITING + len(self._open) else first_open
+        for episode in self._queue[:upto]:
+            if episode.over and episode.flagged is None and not episode.known:
+                self._say_unknown()
+            elif episode.over and episode.step:
+                self.monitor.update(episode.flagged)
+        self._queue = [episode for episode in self._queue[:upto] if not episode.over] + self._queue[upto:]
+
+    def _say_unknown(self) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "nobody can tell whether the catastrophe has happened that the certificate of %r is about: its fact is in no info, or was "
+                "a callable that the file of an answerer does not hold; qa/alarm will NOT be raised. Let info tell it under the name of "
+                "the fact, or pass a live answerer",
+                self.certificate.question,
+            )
+
+    def _step(self, episode: _Episode, flagged: bool, happened: bool | None) -> None:
         if flagged:
             episode.flags.append(episode.step)
         episode.step += 1  # the number of the state arrived in
-        if fact is None or not bool(fact) or episode.flagged is not None:
+        episode.known &= happened is not None
+        if not happened or episode.flagged is not None:
             return
         first, last = 0, episode.step
         if self.shadow:

@@ -77,41 +77,42 @@ class Fact:
     """Whether the catastrophe that a question asks about has happened in a step."""
 
     def __init__(self, name: str, fact: Any, slots: Any) -> None:
-        self.name, self._seen = name, False
-        self._none: Bools = np.zeros(0, np.bool_)
+        self.name, self._seen, self._failed = name, False, False
         self._fact = fact_of_slots(fact, slots)
 
+    def __str__(self) -> str:
+        return repr(self._fact) if isinstance(self._fact, str) else getattr(self._fact, "__name__", "a callable")
+
     def of(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> Bools | None:
-        """(n,), or None if it cannot be known: a key that has not been there once, or a callable that fails.
+        """(n,), or None if it cannot be known: a fact that has not been there once, or a callable that fails.
 
         The facts of an answerer from a file that were callables are names in no ``info``.
         """
         fact = self._fact
         if isinstance(fact, str):
             values = [info.get(fact) for info in arrival.infos]
+        else:
+            try:
+                values = [_called(fact, step) for step in self._steps(arrival, executed, env)]
+            except Exception as error:
+                self._complain(error)
+                return None
+        if not self._seen:
+            self._seen = any(value is not None for value in values)
             if not self._seen:
-                self._seen = any(value is not None for value in values)
-                if not self._seen:
-                    return None
-            return np.array([bool(value) for value in values]) if any(values) else self.nowhere(len(values))
-        try:
-            return np.array([bool(fact(step)) for step in self._steps(arrival, executed, env)])
-        except Exception as error:
-            if not self._seen:
-                self._seen = True
-                log.warning(
-                    "%s: the fact of the question raised %s: %s; where it does, terminations are recorded, not catastrophes",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
-            return None
+                return None
+        return np.array([bool(value) for value in values])
 
-    def nowhere(self, n: int) -> Bools:
-        """Of no environment; always the same array."""
-        if len(self._none) != n:
-            self._none = np.zeros(n, np.bool_)
-        return self._none
+    def _complain(self, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            log.warning(
+                "%s: the fact of the question raised %s: %s; where it does, terminations are recorded, not catastrophes, and nothing is "
+                "known to a certificate's alarm",
+                self.name,
+                type(error).__name__,
+                error,
+            )
 
     def _steps(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> list[Step]:
         """Steps in the environment's own units, as facts are about them."""
@@ -137,6 +138,14 @@ class Fact:
             reward = info.get("qa/raw_reward", reward)
             steps.append(Step(arrived, executed[i], reward, over, done_ and not over, info))
         return steps
+
+
+def _called(fact: Any, step: Step) -> Any:
+    """The value of a callable; None where it asks for a key that is not there."""
+    try:
+        return fact(step)
+    except KeyError:
+        return None
 
 
 def environments_in(env: Any) -> list[Any] | None:

@@ -121,9 +121,9 @@ class VectorQAWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
         obs, rewards, terminated, truncated, infos = self.env.step(_put(chosen, idle, given[idle]))
         done = terminated | truncated
         infos = dict(infos)
-        told = _rows(infos, self.num_envs)
+        told = _rows(infos, self.num_envs, whole=True)
         if self.mode == "SameStep" and done.any():
-            last = _rows(infos.get("final_info", {}), self.num_envs)
+            last = _rows(infos.get("final_info", {}), self.num_envs, whole=True)
             steps = [last[i] if over else told[i] for i, over in enumerate(done)]
             self._take_final_obs(infos, steps, done)
         else:
@@ -253,13 +253,21 @@ def _put(actions: NDArray[Any], where: NDArray[np.bool_], value: Any) -> NDArray
     return actions
 
 
-def _rows(infos: Info, n: int) -> list[Info]:
-    """What question-answering wrappers further in have told of each environment."""
+def _rows(infos: Info, n: int, whole: bool = False) -> list[Info]:
+    """What question-answering wrappers further in have told of each environment.
+
+    :param whole: what the environments have told too, but for dictionaries
+    """
     rows: list[Info] = [{} for _ in range(n)]
-    for key in _keys(infos):
+    for key in _told(infos) if whole else _keys(infos):
         for i in np.flatnonzero(infos.get(f"_{key}", np.ones(n, np.bool_))).tolist():
-            rows[i][key] = plain(infos[key][i])
+            value = infos[key][i]
+            rows[i][key] = plain(value) if isinstance(value, (np.generic, np.ndarray)) else value
     return rows
+
+
+def _told(infos: Info) -> list[str]:
+    return [key for key, value in infos.items() if f"_{key}" in infos and isinstance(value, np.ndarray)]
 
 
 def _tell(infos: Info, rows: list[Info]) -> None:

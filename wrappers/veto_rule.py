@@ -37,6 +37,7 @@ from sb3_qa.wrappers.substitutes import (
     refined,
     safest,
 )
+from sb3_qa.wrappers.surroundings import Fact
 
 __all__ = ["Record", "VetoRule"]
 
@@ -62,6 +63,9 @@ class VetoRule(AnswerRule):
     rng: np.random.Generator
     space: spaces.Space[Any]
     _seed: int
+    _fact: Fact | None
+    """Whether the catastrophe happens, where that is watched."""
+    _env: Any
     _listed: NDArray[Any] | None
     _judged: Judged | None
     _possible: Bools | None
@@ -120,6 +124,7 @@ class VetoRule(AnswerRule):
         self.rng = np.random.default_rng(seed)
         self.restraint = Restraint(name, cooldown, budget, let_through, seed)
         self.evidence = None
+        self._fact = self._env = None
         if record is not None:
             about = {
                 "threshold": self.threshold,
@@ -160,6 +165,9 @@ class VetoRule(AnswerRule):
             getattr(env, f"single_{name}", getattr(env, name)) for name in ("observation_space", "action_space")
         ]
         check_fallback(self.name, self.on_veto, *spaces_of_one)
+        self._env = env
+        if self.guard is not None and self.qa is not None:
+            self.guard.bind(self.qa, env)
         if self.evidence is not None:
             self.evidence.watch(env)
 
@@ -184,7 +192,11 @@ class VetoRule(AnswerRule):
                 "its text; or give on_veto a callable (obs, proposed_action) -> action or a model"
             )
         if self.guard is not None:
-            self.guard.bind(qa)
+            self.guard.bind(qa, self._env)
+        if self.guard is not None or self.evidence is not None:
+            given = None if self.guard is None else self.guard.certificate.catastrophe
+            slots = instance.slots if given is None else {}
+            self._fact = Fact(self.name, instance.question.truth.fact if given is None else given, slots)
         super().on_bind(qa)
         # A copy, as it will be sampled from, and the agent's own random stream is left alone.
         self.space = copy.deepcopy(qa.policy.action_space)
@@ -221,7 +233,9 @@ class VetoRule(AnswerRule):
             if self._by_other:
                 info["qa/substitute_catastrophe"] = False
         if self.guard is not None:
-            self.guard.begin(index, told)
+            self.guard.begin(index_of_starts)
+            for info in told:
+                info["qa/alarm"] = self.guard.monitor.alarm
         return told
 
     def act(self, actions: NDArray[Any]) -> NDArray[Any]:
@@ -336,8 +350,9 @@ class VetoRule(AnswerRule):
                 info["qa/substitute_catastrophe"] = bool(
                     judged.substitute_flagged is not None and judged.substitute_flagged[i]
                 )
+        happened = None if self._fact is None else self._fact.of(arrival, executed, self._env)
         if self.guard is not None:
-            self.guard.watch(flagged, arrival)
+            self.guard.watch(flagged, arrival, happened)
         if self.penalty:
             raw = arrival.rewards
             arrival.rewards = (raw - self.penalty * vetoed).astype(raw.dtype)
@@ -347,7 +362,7 @@ class VetoRule(AnswerRule):
         self._ended |= arrival.done
         self._arrived = arrival.obs
         if self.evidence is not None:
-            self.evidence.arrive(self._here or self.here, self.obs, judged, executed, arrival)
+            self.evidence.arrive(self._here or self.here, self.obs, judged, executed, arrival, happened)
 
     @property
     def _about_action(self) -> bool:

@@ -14,13 +14,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.bounds import fixed_sequence
-from sb3_qa.evaluation import Agent, AnswerRecord, Episodes, run_episodes, score_answers, seeded_vec_env
+from sb3_qa.evaluation import AnswerRecord, Episodes, run_episodes, score_answers, seeded_vec_env
 from sb3_qa.shadow import ShadowEpisodes, episode_record
 from sb3_qa.study.arms import Trained, train_arm
 from sb3_qa.study.oracle import oracle_vec_env
 from sb3_qa.study.task import Task
 from sb3_qa.wrappers import VecRandomVeto, VecShapeReward, VecVetoAction
-from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = [
     "CALIBRATION_SEED",
@@ -28,7 +27,6 @@ __all__ = [
     "MISS_RATE",
     "RATES",
     "TEST_SEED",
-    "acting",
     "answers",
     "certified_threshold",
     "oracle_veto",
@@ -47,28 +45,6 @@ MISS_RATE, CONFIDENCE = 0.2, 0.95
 GRID = 1.0 / (1.0 + np.exp(-np.linspace(-8.0, 8.0, 321)))  # thresholds, evenly spread in the odds
 
 Wrap = Callable[[VecEnv], VecEnv]
-
-
-def acting(model: BaseAlgorithm, venv: VecEnv) -> Agent:
-    """Who acts in these environments: the model, told the masks of its actions where it needs them.
-
-    They are the environment's own. A veto would mask what it objects to as well: nothing would be proposed that it could
-    veto, and how often it interferes could not be counted. It is told them too, as no way out.
-    """
-    if "action_masks" not in type(model).predict.__code__.co_varnames:
-        return model
-    rule = getattr(venv, "rule", None)
-
-    class Masked:
-        def predict(
-            self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-        ) -> Any:
-            masks = np.array(venv.unwrapped.env_method("action_masks"), np.bool_)
-            if isinstance(rule, VetoRule):
-                rule.masks(masks)
-            return model.predict(observation, state, episode_start, deterministic, action_masks=masks)  # type: ignore[call-arg]
-
-    return Masked()
 
 
 def play(
@@ -97,7 +73,7 @@ def _played(
     task: Task, model: BaseAlgorithm, seed: int, venv: VecEnv, n: int, record: AnswerRecord | None = None
 ) -> Episodes:
     torch.manual_seed(seed)
-    episodes = run_episodes(acting(model, venv), venv, n, catastrophe=task.catastrophe, record=record)
+    episodes = run_episodes(model, venv, n, catastrophe=task.catastrophe, record=record)
     venv.close()
     return episodes
 
@@ -129,10 +105,13 @@ def answers(record: AnswerRecord) -> dict[str, dict[str, float]]:
     return table
 
 
-def certified_threshold(episodes: Episodes, miss_rate: float = MISS_RATE) -> float | None:
-    """The highest threshold that :func:`sb3_qa.certify` would claim from these episodes, which no veto was in; None if none."""
+def certified_threshold(episodes: Episodes, miss_rate: float = MISS_RATE, window: int | None = None) -> float | None:
+    """The highest threshold that :func:`sb3_qa.certify` would claim from these episodes, which no veto was in; None if none.
+
+    :param window: how many steps before a catastrophe a flag may stand to count; None for any number
+    """
     watched = ShadowEpisodes(len(GRID), {})
-    watched.add([episode_record(trace, GRID, 1, None) for trace in episodes.traces])
+    watched.add([episode_record(trace, GRID, 1, window) for trace in episodes.traces])
     index = fixed_sequence(watched.misses, watched.catastrophes, miss_rate, CONFIDENCE) - 1
     return float(GRID[index]) if index >= 0 else None
 
