@@ -201,7 +201,7 @@ class FlightRecorder:
         with self._lock:
             try:
                 db = self._open()
-                row = (time.time(), os.getpid(), json.dumps(about))
+                row = (time.time(), os.getpid(), json.dumps(about, default=str))
                 return int(
                     db.execute("INSERT INTO runs (started, process, about) VALUES (?, ?, ?)", row).lastrowid or 0
                 )
@@ -329,6 +329,21 @@ class FlightRecorder:
         (version,) = db.execute("SELECT value FROM counts WHERE name = 'format'").fetchone()
         if version != FORMAT:
             raise sqlite3.DatabaseError(f"its format is {version}, and {FORMAT} is written here")
+        self._shrink(db)
+
+    def _shrink(self, db: sqlite3.Connection) -> None:
+        """Give back the space of a file that was written with a larger bound. If another process holds it up, the file stays
+        as large as it is for now, and room is made by the next writes.
+        """
+        most, size = int(self.max_mb * 1e6), db.execute("PRAGMA page_size").fetchone()[0]
+        with suppress(sqlite3.Error, OSError):
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            if max(pages * size, os.path.getsize(self.path)) <= most:
+                return
+            self._make_room(db, 0.8)
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute(f"PRAGMA max_page_count = {most // size}")  # which could not be lower than what there was
 
     def _used(self, db: sqlite3.Connection) -> int:
         """Bytes in use; pages that were freed will be used again."""
@@ -345,10 +360,15 @@ class FlightRecorder:
                 return
             upto = first + max((last - first) // 10, 1) - 1
             db.execute("BEGIN IMMEDIATE")
-            dropped = db.execute("DELETE FROM events WHERE id <= ?", (upto,)).rowcount
-            db.execute("DELETE FROM chunks WHERE event <= ?", (upto,))
-            db.execute("UPDATE counts SET value = value + ? WHERE name = 'dropped'", (dropped,))
-            db.execute("COMMIT")
+            try:
+                dropped = db.execute("DELETE FROM events WHERE id <= ?", (upto,)).rowcount
+                db.execute("DELETE FROM chunks WHERE event <= ?", (upto,))
+                db.execute("UPDATE counts SET value = value + ? WHERE name = 'dropped'", (dropped,))
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def _failed(self, error: Exception, n_events: int) -> None:
         self.lost += n_events

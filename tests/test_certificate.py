@@ -24,6 +24,7 @@ from sb3_qa.bounds import THRESHOLDS, allowed, binomial_cdf, fixed_sequence, nee
 from sb3_qa.callbacks import CertifyCallback, QACallback
 from sb3_qa.certificate import NotCertified, confidence_of_each
 from sb3_qa.evaluation import Trace, seeded_vec_env
+from sb3_qa.flight_log import FlightLog
 from sb3_qa.monitor import MissMonitor, RateMonitor
 from sb3_qa.policies import qa_policy
 from sb3_qa.shadow import ShadowEpisodes, episode_record
@@ -524,6 +525,16 @@ class TestVeto:
             assert env.reset_infos[0]["qa/alarm"] is False and infos[0]["qa/alarm"] is False
             risk, flagged = infos[0]["qa/risk"], infos[0]["qa/catastrophe"]
             assert flagged == (risk >= certificate.threshold)
+
+    def test_its_claim_stands_in_a_flight_record(self, model, qa, certificate, tmp_path):
+        env = VecVetoAction(walks(), "hit[k=3]", certificate, qa=qa, record=tmp_path / "flight.sqlite")
+        obs = env.reset()
+        for _ in range(100):
+            obs = env.step(model.predict(obs)[0])[0]
+        env.close()
+        (run,) = FlightLog(tmp_path / "flight.sqlite").runs().values()
+        assert run["claim"] == certificate.claim
+        assert run["digests"].items() <= certificate.digests.items()
 
     def test_another_is_refused(self, certificate, caplog):
         other = QuestionAnswerer.from_model(make_model())
