@@ -153,6 +153,8 @@ class FlightRecorder:
         frames: bool = False,
         delay: float = 0.2,
     ) -> None:
+        if not isinstance(path, (str, PathLike)):
+            raise QAError(f'FlightRecorder got path={path!r}; expected the path of a file; give e.g. "flight.sqlite"')
         for name, value in (("before", before), ("after", after)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 raise QAError(

@@ -761,6 +761,8 @@ class TestFailing:
             FlightRecorder(path, **arguments)
 
     def test_refused_as_record(self, qa):
+        with pytest.raises(QAError, match="FlightRecorder got path=3; expected the path of a file"):
+            FlightRecorder(3)
         with pytest.raises(QAError, match="VetoAction got record=3; expected a path or a FlightRecorder"):
             VetoAction(Toy(), "crash[k=3]", 0.5, qa=qa, record=3)
 

@@ -227,8 +227,8 @@ class Evidence:
     ) -> None:
         """Write down an event of each of these environments, and the steps up to it."""
         if self._run is None:
-            about = {"wrapper": self.name, "question": self.question, **self.about, "digests": _digests(self.qa)}
-            self._run = self.recorder.begin_run(about)
+            self.about = {**self.about, "digests": _digests(self.qa)}
+            self._run = self.recorder.begin_run({"wrapper": self.name, "question": self.question, **self.about})
         now, decision = time.time(), judged.decision
         numbered, events, risks = [], [], []
         for i in rows.tolist():
