@@ -127,7 +127,8 @@ class FlightRecorder:
         ``-shm`` while it is open
     :param before: steps kept before an event
     :param after: steps kept after it
-    :param max_mb: most megabytes (of 10^6 bytes) of the file; the oldest events are dropped, and counted
+    :param max_mb: most megabytes (of 10^6 bytes) of the file; the oldest events are dropped, and counted, those of a larger file when it
+        is opened
     :param frames: keep a picture of each of these steps, too: every step is rendered
     :param delay: seconds that an event may wait to be committed, as it costs less to commit several at once; with 0 it is
         in the file before the step returns
