@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from os import PathLike
 from pathlib import Path
@@ -15,10 +16,13 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.bounds import check_whole
 from sb3_qa.certificate import Certificate, NotCertified, certify
 from sb3_qa.errors import QAError
+from sb3_qa.questions import nearest
 
 __all__ = ["CertifyCallback"]
 
 log = logging.getLogger(__name__)
+
+OPTIONS = sorted(set(inspect.signature(certify).parameters) - {"qa", "env", "question", "model", "path"})
 
 
 class CertifyCallback(BaseCallback):
@@ -57,6 +61,11 @@ class CertifyCallback(BaseCallback):
             raise QAError(
                 "CertifyCallback got path=...; expected none, as every certification is of other weights; use save_path="
             )
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise QAError(
+                f"CertifyCallback got {unknown[0]}=...; expected options of certify(), e.g. {nearest(unknown[0], OPTIONS)}; mend the name"
+            )
         self.options = options
         self.certificates: list[tuple[int, Certificate | None]] = []
         """Of each certification the number of steps before it, and the certificate, None where there was none."""
@@ -77,6 +86,8 @@ class CertifyCallback(BaseCallback):
                 "CertifyCallback got an environment without VecNormalize and the agent sees normalised observations; expected the same "
                 "wrappers; write VecNormalize(env, training=False)"
             )
+
+        QuestionAnswerer.from_model(self.model).catalogue.find(self.question)  # who says if there is none
 
     def _on_training_start(self) -> None:
         self._last = self.num_timesteps

@@ -69,6 +69,10 @@ class QACallback(BaseCallback):
         super().__init__(verbose)
         if store not in ("proposed", "executed"):
             raise QAError(f'QACallback got store={store!r}; expected "proposed" or "executed"; give one of them')
+        if memory is not None and not isinstance(memory, RareEventMemory):
+            raise QAError(
+                f"QACallback got memory={memory!r}; expected a RareEventMemory, or None; write memory=RareEventMemory()"
+            )
         self.store = store
         self.memory = memory
         self.hparams = hparams

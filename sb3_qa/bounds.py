@@ -98,13 +98,13 @@ def fixed_sequence(events: ArrayLike, count: int, rate: float, confidence: float
     return int(accepted[0]) if len(accepted) else len(p_value)
 
 
-def check_share(where: str, name: str, value: Any) -> float:
+def check_share(where: str, name: str, value: Any, example: float = 0.05) -> float:
     """A share in (0, 1), as a float.
 
     :raises QAError: when it is none
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0.0 < value < 1.0:
-        raise QAError(f"{where} got {name}={value!r}; expected a share between 0 and 1; give e.g. {name}=0.05")
+        raise QAError(f"{where} got {name}={value!r}; expected a share between 0 and 1; give e.g. {name}={example}")
     return float(value)
 
 

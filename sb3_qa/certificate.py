@@ -105,13 +105,12 @@ class Certificate:
     """What a wrapper does when its answerer is not the one certified, see :meth:`only_warn`; not saved."""
 
     def __post_init__(self) -> None:
+        self._check_fields()
         counts = (self.misses, self.catastrophes, self.episodes, self.false_alarms, self.steps, self.flagged_steps)
         safe = self.episodes - self.catastrophes
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
         if not (
             whole
-            and 0.0 <= self.threshold <= 1.0
-            and {"weights", "questions"} <= set(self.digests)
             and self.misses <= self.catastrophes <= self.episodes
             and self.false_alarms <= safe
             and self.flagged_steps <= self.steps
@@ -125,6 +124,41 @@ class Certificate:
                 f"the certificate of {self.question!r} does not hold together: {self.misses} misses in {self.catastrophes} catastrophes do "
                 f"not show what it claims; expected it as certify() made it; certify again"
             )
+
+    def _check_fields(self) -> None:
+        """Refuse what certify() would not have written, whatever the counts."""
+        least = self.lead if isinstance(self.lead, int) else 1
+        expected = {
+            "question": ("the key of a question", isinstance(self.question, str) and self.question != ""),
+            "threshold": ("a number in [0, 1]", _is_number(self.threshold) and 0.0 <= self.threshold <= 1.0),
+            "miss_rate": ("a share between 0 and 1", _is_share(self.miss_rate)),
+            "confidence": ("a share between 0 and 1", _is_share(self.confidence)),
+            "false_alarm_rate": (
+                "a share between 0 and 1, or none",
+                self.false_alarm_rate is None or _is_share(self.false_alarm_rate),
+            ),
+            "lead": ("a number of steps, at least 1", _is_whole(self.lead, 1)),
+            "window": (
+                "a number of steps, at least lead, or none",
+                self.window is None or _is_whole(self.window, least),
+            ),
+            "deterministic": ("true or false", isinstance(self.deterministic, bool)),
+            "seeds": (
+                "whole numbers by name",
+                isinstance(self.seeds, Mapping) and all(_is_whole(each, 0) for each in self.seeds.values()),
+            ),
+            "environment": ("a description", isinstance(self.environment, Mapping)),
+            "digests": (
+                "those of weights and questions",
+                isinstance(self.digests, Mapping)
+                and all(isinstance(self.digests.get(name), str) for name in ("weights", "questions")),
+            ),
+        }
+        for name, (what, fits) in expected.items():
+            if not fits:
+                raise QAError(
+                    f"the certificate has {name}={getattr(self, name)!r}; expected {what}, as certify() made it; certify again"
+                )
 
     @property
     def claim(self) -> str:
@@ -242,10 +276,21 @@ class Certificate:
             ) from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON; the file appears whole or not at all."""
+        """Write it as JSON; the file appears whole or not at all, and its folder is made.
+
+        :raises QAError: when it cannot be written
+        """
+        _check_path("Certificate.save", path)
         temporary = Path(f"{os.fspath(path)}.part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise QAError(
+                f"{os.fspath(path)} cannot be written ({error}); expected a file in a folder that can be written to; give another path"
+            ) from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Certificate:
@@ -253,6 +298,7 @@ class Certificate:
 
         :raises QAError: when it is missing, damaged, or its counts do not show what it claims
         """
+        _check_path("Certificate.load", path)
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -323,7 +369,7 @@ def certify(
     from sb3_qa.shadow import play_shadow
 
     check_share("certify", "miss_rate", miss_rate)
-    check_share("certify", "confidence", confidence)
+    check_share("certify", "confidence", confidence, 0.95)
     if false_alarm_rate is not None:
         check_share("certify", "false_alarm_rate", false_alarm_rate)
     if episodes is not None:
@@ -333,6 +379,12 @@ def certify(
         check_whole("certify", "window", window, lead)
     each = confidence_of_each(confidence, false_alarm_rate)
     grid = _checked_thresholds(thresholds)
+    if isinstance(model, type) or not callable(getattr(model, "predict", None)):
+        raise QAError(
+            f"certify got model={model!r}; expected who acts: a model of SB3, or anything with its predict(); give the agent"
+        )
+    if path is not None:
+        _check_path("certify", path)
     played = play_shadow(
         qa,
         env,
@@ -367,6 +419,15 @@ def certify(
             needed(miss_rate, each),
         )
     safe, alarms = played.episodes - played.catastrophes, int(played.false_alarms[index])
+    if false_alarm_rate is not None and not alarms and safe < needed(false_alarm_rate, each):
+        raise NotCertified(
+            f"nothing can be claimed of the episodes without a catastrophe of {question!r}: {safe or 'none'} of {played.episodes} were "
+            f"without one; expected at least {needed(false_alarm_rate, each)} for {false_alarm_rate=:g}; play more, or leave "
+            "false_alarm_rate out",
+            played.catastrophes,
+            played.episodes,
+            needed(miss_rate, each),
+        )
     if false_alarm_rate is not None and alarms > allowed(safe, false_alarm_rate, each):
         raise NotCertified(
             f"no threshold of {question!r} keeps both claims: the highest that keeps {miss_rate=:g} is {grid[index]:.3g}, where "
@@ -390,12 +451,29 @@ def certify(
         false_alarms=alarms,
         steps=played.steps,
         flagged_steps=int(played.flagged_steps[index]),
-        deterministic=deterministic,
+        deterministic=bool(deterministic),
         seeds=played.seeds,
         environment=played.environment,
         digests=played.digests,
         catastrophe=None if catastrophe is None else name_of(catastrophe),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0.0 < value < 1.0
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_path(where: str, path: Any) -> None:
+    if not isinstance(path, (str, PathLike)):
+        raise QAError(f'{where} got path={path!r}; expected the path of a file; give e.g. "crash.json"')
 
 
 def _refuse_too_few(played: ShadowEpisodes, question: str, least: int) -> None:
@@ -437,8 +515,14 @@ def confidence_of_each(confidence: float, false_alarm_rate: float | None) -> flo
 
 def answerer_digests(qa: QuestionAnswerer) -> dict[str, str]:
     """What tells the answerer that was certified from another."""
+    from sb3_qa.answerer import QuestionAnswerer
     from sb3_qa.storage import questions_digest, weights_digest
 
+    if not isinstance(qa, QuestionAnswerer):
+        raise QAError(
+            f"the certificate was to be held against {type(qa).__name__}; expected a QuestionAnswerer; write e.g. "
+            "certificate.check(QuestionAnswerer.from_model(model))"
+        )
     return {"weights": weights_digest(qa.policy, target=qa.target), "questions": questions_digest(qa)}
 
 

@@ -21,6 +21,8 @@ from sb3_qa.recorder import APPLICATION, FORMAT, Event, unpack
 
 __all__ = ["FlightEvent", "FlightLog", "Window"]
 
+KINDS = ("flag", "veto", "let through", "withheld", "no safe action", "CATASTROPHE", "terminated")
+
 
 @dataclass(frozen=True)
 class FlightEvent:
@@ -59,16 +61,16 @@ class FlightEvent:
     @property
     def kinds(self) -> list[str]:
         """What happened, in words."""
-        said = {
-            "flag": self.flagged and not (self.vetoed or self.let_through or self.withheld),
-            "veto": self.vetoed,
-            "let through": self.let_through,
-            "withheld": self.withheld,
-            "no safe action": self.no_safe_action,
-            "CATASTROPHE": bool(self.catastrophe),
-            "terminated": self.terminated and self.catastrophe is None,
-        }
-        return [word for word, holds in said.items() if holds]
+        held = (
+            self.flagged and not (self.vetoed or self.let_through or self.withheld),
+            self.vetoed,
+            self.let_through,
+            self.withheld,
+            self.no_safe_action,
+            bool(self.catastrophe),
+            self.terminated and self.catastrophe is None,
+        )
+        return [word for word, holds in zip(KINDS, held, strict=True) if holds]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,11 @@ class FlightLog:
         return {name: int(found[name]) for name in ("dropped", "lost")}
 
     def runs(self) -> dict[int, dict[str, Any]]:
-        """What is known of each run: when it ``started``, its ``process``, and the options of the veto."""
+        """What is known of each run: when it ``started``, its ``process``, and the options of the veto.
+
+        Beside them stand the ``digests`` (SHA-256) of the answerer's ``weights`` and ``questions`` when it began, as a certificate
+        has them, and, where the threshold is a certificate, its ``claim``.
+        """
         rows = self._db.execute("SELECT id, started, process, about FROM runs ORDER BY id")
         return {row[0]: {"started": row[1], "process": row[2], **json.loads(row[3])} for row in rows}
 

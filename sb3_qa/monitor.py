@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +64,9 @@ class RateMonitor:
         """Take in one trial.
 
         :return: whether the alarm has been raised; it stays raised
+        :raises QAError: when it is neither true nor false
         """
+        _check_bool(type(self).__name__, "event", event, "True or False")
         self.count += 1
         self.events += bool(event)
         self.alarm = self.alarm or self.evidence >= 1 / self.alpha
@@ -74,8 +77,19 @@ class RateMonitor:
         return {"count": self.count, "events": self.events, "alarm": self.alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.count, self.events, self.alarm = int(state["count"]), int(state["events"]), bool(state["alarm"])
+        """Go on from :meth:`state_dict`.
+
+        :raises QAError: when it is none
+        """
+        given: Any = state if isinstance(state, Mapping) else {}
+        count, events, alarm = given.get("count"), given.get("events"), given.get("alarm")
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in (count, events))
+        if not whole or not 0 <= events <= count or not isinstance(alarm, (bool, np.bool_)):
+            raise QAError(
+                f"{type(self).__name__} got the state {state!r}; expected a count, no more events than that, and an alarm that is true or "
+                "false; give what state_dict() returned"
+            )
+        self.count, self.events, self.alarm = int(count), int(events), bool(alarm)
 
 
 class MissMonitor(RateMonitor):
@@ -115,6 +129,8 @@ class MissMonitor(RateMonitor):
             came, which only counts per episode
         :return: whether the alarm has been raised; it stays raised
         """
+        if flagged is not None:
+            _check_bool("MissMonitor", "flagged", flagged, "True, False, or None where no catastrophe came")
         if flagged is None and self.per == "catastrophe":
             return self.alarm
         raised = self.alarm
@@ -132,3 +148,8 @@ class MissMonitor(RateMonitor):
                 self.certificate.question,
             )
         return self.alarm
+
+
+def _check_bool(who: str, name: str, value: Any, expected: str) -> None:
+    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
+        raise QAError(f"{who}.update got {name}={value!r}; expected {expected}; give one of them")

@@ -13,12 +13,14 @@ uniform over all that was offered, and weigh as much together as they were.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sb3_qa.bounds import check_whole
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Catalogue, Target
 
@@ -60,7 +62,7 @@ class RareEventMemory:
     :param weight: of the remembered transitions in the question loss, relative to a minibatch of new ones
     :param floor: smallest probability with which a transition without an event is kept
     :param seed: of what is kept and replayed; no shared random stream is used
-    :raises QAError: for a number out of its range
+    :raises QAError: for a number out of its range, or questions that are not names
     """
 
     def __init__(
@@ -76,16 +78,20 @@ class RareEventMemory:
             raise QAError(
                 f"RareEventMemory got questions={questions!r}; expected names in a list; write [{questions!r}]"
             )
-        if not isinstance(capacity, int) or capacity < 2:
-            raise QAError(f"RareEventMemory got capacity={capacity!r}; expected 2 transitions or more; leave it out")
-        if not 0.0 < weight < float("inf"):
+        names = None if questions is None else list(questions) if isinstance(questions, Iterable) else []
+        if names is not None and not (names and all(isinstance(name, str) for name in names)):
+            raise QAError(
+                f"RareEventMemory got questions={questions!r}; expected a list of names, at least one; leave it out for all"
+            )
+        capacity = check_whole("RareEventMemory", "capacity", capacity, 2)
+        if not _is_number(weight) or not 0.0 < weight < float("inf"):
             raise QAError(f"RareEventMemory got weight={weight!r}; expected a number above 0; give e.g. weight=1.0")
-        if not 0.0 < floor <= 1.0:
+        if not _is_number(floor) or not 0.0 < floor <= 1.0:
             raise QAError(f"RareEventMemory got floor={floor!r}; expected above 0, at most 1; give e.g. floor=0.01")
-        self.questions = None if questions is None else list(questions)
-        self.weight = weight
-        self.floor = floor
-        self._rng = np.random.default_rng(seed)
+        self.questions = names
+        self.weight = float(weight)
+        self.floor = float(floor)
+        self._rng = np.random.default_rng(check_whole("RareEventMemory", "seed", seed, 0))
         self._with, self._without = _Reservoir(capacity // 2), _Reservoir(capacity - capacity // 2)
 
     def __len__(self) -> int:
@@ -157,6 +163,10 @@ class RareEventMemory:
         obs = {name.removeprefix("obs/"): column for name, column in columns.items()}
         weight *= np.float32(self.weight)
         return Remembered(obs["obs"] if "obs" in columns else obs, features, y, weight.astype(np.float32, copy=False))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class _Reservoir:

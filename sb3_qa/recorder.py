@@ -129,7 +129,8 @@ class FlightRecorder:
         ``-shm`` while it is open
     :param before: steps kept before an event
     :param after: steps kept after it
-    :param max_mb: most megabytes (of 10^6 bytes) of the file; the oldest events are dropped, and counted
+    :param max_mb: most megabytes (of 10^6 bytes) of the file; the oldest events are dropped, and counted, those of a larger file when it
+        is opened
     :param frames: keep a picture of each of these steps, too: every step is rendered
     :param delay: seconds that an event may wait to be committed, as it costs less to commit several at once; with 0 it is
         in the file before the step returns
@@ -155,6 +156,8 @@ class FlightRecorder:
         frames: bool = False,
         delay: float = 0.2,
     ) -> None:
+        if not isinstance(path, (str, PathLike)):
+            raise QAError(f'FlightRecorder got path={path!r}; expected the path of a file; give e.g. "flight.sqlite"')
         for name, value in (("before", before), ("after", after)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 raise QAError(
@@ -203,7 +206,7 @@ class FlightRecorder:
         with self._lock:
             try:
                 db = self._open()
-                row = (time.time(), os.getpid(), json.dumps(about))
+                row = (time.time(), os.getpid(), json.dumps(about, default=str))
                 return int(
                     db.execute("INSERT INTO runs (started, process, about) VALUES (?, ?, ?)", row).lastrowid or 0
                 )
@@ -287,7 +290,7 @@ class FlightRecorder:
                 db.executemany("UPDATE events SET outcome = ? WHERE id = ?", batch.outcomes)
             if batch.about:
                 run, about = batch.about
-                db.execute("UPDATE runs SET about = ? WHERE id = ?", (json.dumps(about), run))
+                db.execute("UPDATE runs SET about = ? WHERE id = ?", (json.dumps(about, default=str), run))
             if self.lost:
                 db.execute("UPDATE counts SET value = value + ? WHERE name = 'lost'", (self.lost,))
             db.execute("COMMIT")
@@ -334,6 +337,21 @@ class FlightRecorder:
         (version,) = db.execute("SELECT value FROM counts WHERE name = 'format'").fetchone()
         if version != FORMAT:
             raise sqlite3.DatabaseError(f"its format is {version}, and {FORMAT} is written here")
+        self._shrink(db)
+
+    def _shrink(self, db: sqlite3.Connection) -> None:
+        """Give back the space of a file that was written with a larger bound. If another process holds it up, the file stays
+        as large as it is for now, and room is made by the next writes.
+        """
+        most, size = int(self.max_mb * 1e6), db.execute("PRAGMA page_size").fetchone()[0]
+        with suppress(sqlite3.Error, OSError):
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            if max(pages * size, os.path.getsize(self.path)) <= most:
+                return
+            self._make_room(db, 0.8)
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute(f"PRAGMA max_page_count = {most // size}")  # which could not be lower than what there was
 
     def _used(self, db: sqlite3.Connection) -> int:
         """Bytes in use; pages that were freed will be used again."""
@@ -350,10 +368,15 @@ class FlightRecorder:
                 return
             upto = first + max((last - first) // 10, 1) - 1
             db.execute("BEGIN IMMEDIATE")
-            dropped = db.execute("DELETE FROM events WHERE id <= ?", (upto,)).rowcount
-            db.execute("DELETE FROM chunks WHERE event <= ?", (upto,))
-            db.execute("UPDATE counts SET value = value + ? WHERE name = 'dropped'", (dropped,))
-            db.execute("COMMIT")
+            try:
+                dropped = db.execute("DELETE FROM events WHERE id <= ?", (upto,)).rowcount
+                db.execute("DELETE FROM chunks WHERE event <= ?", (upto,))
+                db.execute("UPDATE counts SET value = value + ? WHERE name = 'dropped'", (dropped,))
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def _failed(self, error: Exception, n_events: int) -> None:
         self.lost += n_events

@@ -174,7 +174,8 @@ class ShadowEpisodes:
                     f"{self.path} cannot be read ({error}); expected episodes that certify() kept; give another path"
                 ) from error
             self._check_header(lines)
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
+            self._check_line(number, line)
             if line.get("judged"):
                 self.judged = True
             else:
@@ -182,8 +183,33 @@ class ShadowEpisodes:
         # Written anew, so that what follows does not continue half a line.
         content = [self.header, *lines[1:]]
         temporary = Path(f"{self.path}.part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise QAError(
+                f"{self.path} cannot be written ({error}); expected a file in a folder that can be written to; give another path"
+            ) from error
+
+    def _check_line(self, number: int, line: Any) -> None:
+        try:
+            if line.get("judged") is True:
+                return
+            fits = all(
+                0 <= record["level"] <= self.n_thresholds
+                and (record["catastrophe"] is None or 1 <= record["catastrophe"] <= record["steps"])
+                and sum(count for _, count in record["flags"]) == record["steps"] >= 1
+                and all(0 <= level <= self.n_thresholds and count > 0 for level, count in record["flags"])
+                for record in line["episodes"]
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):  # what it has is of other types
+            fits = False
+        if not fits:
+            raise QAError(
+                f"{self.path} has {json.dumps(line)[:80]} in line {number}; expected a round of episodes as certify() kept it; give "
+                "another path"
+            )
 
     def _check_header(self, lines: list[Record]) -> None:
         if not lines:

@@ -332,6 +332,10 @@ class TestCertify:
             (dict(miss_rate=0), "miss_rate=0"),
             (dict(miss_rate=1.0), "miss_rate=1.0"),
             (dict(confidence=95), "confidence=95"),
+            (dict(confidence="high"), "confidence='high'; .*give e.g. confidence=0.95"),
+            (dict(model=None), "model=None; expected who acts: a model of SB3"),
+            (dict(model=PPO), "expected who acts"),
+            (dict(path=3), "certify got path=3; expected the path of a file"),
             (dict(episodes=0), "episodes=0"),
             (dict(lead=0), "lead=0"),
             (dict(lead=3, window=2), "window=2"),
@@ -349,6 +353,13 @@ class TestCertify:
         given = dict(qa=qa, env=walks(), question="hit[k=3]", model=model, episodes=4) | arguments
         with pytest.raises(QAError, match=words.replace("[", r"\[")):
             certify(**given)
+
+    def test_false_alarms_where_no_episode_is_safe(self, model, qa):
+        env = DummyVecEnv([lambda: ActionWalk(cells=5, slip=0.3, time_limit=1000)] * 4)
+        with pytest.raises(
+            NotCertified, match="none of 20 were without one; expected at least 36 for false_alarm_rate=0.1; play more"
+        ):
+            certify(qa, env, "hit[k=3]", model, 0.5, false_alarm_rate=0.1, episodes=20)
 
     def test_environments_that_would_make_it_untrue(self, model, qa):
         with pytest.raises(QAError, match="acting VecVetoAction"):
@@ -437,6 +448,41 @@ class TestGoingOn:
         with pytest.raises(QAError, match="at least as many"):
             certify(qa, walks(), "hit[k=3]", model, 0.1, episodes=100, path=path)
 
+    def test_a_folder_that_is_not_there(self, model, qa, tmp_path):
+        with pytest.raises(NotCertified):
+            certify(qa, walks(), "hit[k=3]", model, episodes=4, path=tmp_path / "new" / "e.jsonl")
+        assert (tmp_path / "new" / "e.jsonl").exists()
+        (tmp_path / "file").write_text("")
+        with pytest.raises(QAError, match="cannot be (read|written)"):
+            certify(qa, walks(), "hit[k=3]", model, episodes=4, path=tmp_path / "file" / "e.jsonl")
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "{}",
+            "[]",
+            "3",
+            '{"episodes": 3}',
+            '{"episodes": [{}]}',
+            '{"episodes": [{"steps": 3, "catastrophe": 4, "level": 0, "flags": [[0, 3]]}]}',
+            '{"episodes": [{"steps": 3, "catastrophe": null, "level": -1, "flags": [[0, 3]]}]}',
+            '{"episodes": [{"steps": 3, "catastrophe": null, "level": 0, "flags": [[0, 2]]}]}',
+            '{"episodes": [{"steps": "3", "catastrophe": null, "level": 0, "flags": [[0, 3]]}]}',
+            '{"episodes": [{"steps": 3, "catastrophe": null, "level": 0, "flags": [[99999, 3]]}]}',
+        ],
+    )
+    def test_lines_of_something_else(self, line, tmp_path):
+        played = ShadowEpisodes(4, {"format": "sb3_qa episodes"}, tmp_path / "e.jsonl")
+        played.open()
+        played.add([{"steps": 3, "catastrophe": 3, "level": 4, "flags": [[0, 2], [4, 1]]}])
+        again = ShadowEpisodes(4, played.header, played.path)
+        again.open()
+        assert again.records == played.records
+        with played.path.open("a") as file:
+            file.write(line + "\n")
+        with pytest.raises(QAError, match="in line 3; expected a round of episodes as certify"):
+            ShadowEpisodes(4, played.header, played.path).open()
+
     def test_no_second_claim_after_the_first_failed(self, model, qa, tmp_path):
         path = tmp_path / "episodes.jsonl"
         certify(qa, walks(), "hit[k=3]", model, 0.1, path=path)
@@ -494,6 +540,22 @@ class TestCertificate:
             dict(misses=True),
             dict(steps=None),
             dict(digests={}),
+            dict(digests={"weights": None, "questions": None}),
+            dict(digests=3),
+            dict(question=None),
+            dict(question=""),
+            dict(threshold="high"),
+            dict(miss_rate=None),
+            dict(confidence=-5),
+            dict(confidence=True),
+            dict(false_alarm_rate=0),
+            dict(lead=0),
+            dict(lead=1.5),
+            dict(window=0),
+            dict(deterministic="no"),
+            dict(seeds=None),
+            dict(seeds={"seed": -1}),
+            dict(environment=None),
             dict(format="x"),
             dict(version=2),
         ],
@@ -502,6 +564,28 @@ class TestCertificate:
         (tmp_path / "c.json").write_text(json.dumps(certificate.to_dict() | change))
         with pytest.raises(QAError):
             Certificate.load(tmp_path / "c.json")
+
+    def test_the_field_that_is_wrong_is_named(self, certificate):
+        with pytest.raises(
+            QAError,
+            match=r"the certificate has confidence=-5; expected a share between 0 and 1, as certify\(\) made it",
+        ):
+            Certificate.from_dict(certificate.to_dict() | dict(confidence=-5))
+
+    def test_paths(self, certificate, tmp_path):
+        certificate.save(tmp_path / "new" / "folder" / "c.json")
+        assert Certificate.load(tmp_path / "new" / "folder" / "c.json") == certificate
+        (tmp_path / "file").write_text("")
+        with pytest.raises(QAError, match="cannot be written .*; expected a file in a folder that can be written to"):
+            certificate.save(tmp_path / "file" / "c.json")
+        with pytest.raises(QAError, match="Certificate.load got path=None; expected the path of a file"):
+            Certificate.load(None)
+        with pytest.raises(QAError, match="Certificate.save got path=3"):
+            certificate.save(3)
+
+    def test_a_model_in_place_of_an_answerer(self, model, certificate):
+        with pytest.raises(QAError, match=r"against PPO; expected a QuestionAnswerer; write .*from_model\(model\)"):
+            certificate.check(model)
 
     def test_files_that_are_none(self, tmp_path):
         for text in ("", "[]", "{}", '{"format": "sb3_qa certificate", "version": 1}'):
@@ -537,6 +621,16 @@ class TestVeto:
             assert env.reset_infos[0]["qa/alarm"] is False and infos[0]["qa/alarm"] is False
             risk, flagged = infos[0]["qa/risk"], infos[0]["qa/catastrophe"]
             assert flagged == (risk >= certificate.threshold)
+
+    def test_its_claim_stands_in_a_flight_record(self, model, qa, certificate, tmp_path):
+        env = VecVetoAction(walks(), "hit[k=3]", certificate, qa=qa, record=tmp_path / "flight.sqlite")
+        obs = env.reset()
+        for _ in range(100):
+            obs = env.step(model.predict(obs)[0])[0]
+        env.close()
+        (run,) = FlightLog(tmp_path / "flight.sqlite").runs().values()
+        assert run["claim"] == certificate.claim
+        assert run["digests"].items() <= certificate.digests.items()
 
     def test_another_is_refused(self, certificate, caplog):
         other = QuestionAnswerer.from_model(make_model())
@@ -931,6 +1025,34 @@ class TestMonitor:
         other.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
         assert other.alarm and other.evidence == monitor.evidence
 
+    def test_neither_true_nor_false(self, certificate):
+        monitor = MissMonitor(certificate)
+        with pytest.raises(QAError, match=r"MissMonitor.update got flagged='no'; expected True, False, or None"):
+            monitor.update("no")
+        with pytest.raises(QAError, match=r"RateMonitor.update got event=2; expected True or False"):
+            RateMonitor(0.1).update(2)
+        assert monitor.count == 0
+        assert not monitor.update(np.bool_(True)) and monitor.events == 0
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            {},
+            None,
+            dict(count=-1, events=-1, alarm=False),
+            dict(count=1, events=2, alarm=False),
+            dict(count=1.5, events=1, alarm=False),
+            dict(count=2, events=1, alarm="no"),
+            dict(count=2, events=1),
+        ],
+    )
+    def test_states_that_are_none(self, state):
+        monitor = RateMonitor(0.1)
+        monitor.update(True)
+        with pytest.raises(QAError, match="RateMonitor got the state .*; give what state_dict"):
+            monitor.load_state_dict(state)
+        assert (monitor.count, monitor.events) == (1, 1)
+
     def test_per_episode(self, certificate):
         monitor = MissMonitor(certificate, per="episode")
         assert monitor.rate == certificate.unflagged_bound
@@ -995,6 +1117,10 @@ class TestCallback:
     def test_bad_arguments(self, tmp_path):
         with pytest.raises(QAError, match="every=0"):
             CertifyCallback(walks(), "hit[k=3]", 0)
+        with pytest.raises(QAError, match=r"got missrate=...; expected options of certify\(\), e.g. 'miss_rate'"):
+            CertifyCallback(walks(), "hit[k=3]", 10, missrate=0.1)
+        with pytest.raises(QAError, match=r"there is no question 'hit\[k=2\]'"):
+            make_model().learn(64, callback=[QACallback(), CertifyCallback(walks(), "hit[k=2]", 10**6)])
         with pytest.raises(QAError, match="save_path="):
             CertifyCallback(walks(), "hit[k=3]", 10, path=tmp_path)
         env = walks()

@@ -94,7 +94,16 @@ def test_nothing_is_remembered_before_the_first_event_and_dicts_are_kept_whole()
     ("arguments", "message"),
     [
         (dict(questions="fall"), r"expected names in a list; write \['fall'\]"),
-        (dict(capacity=1), "capacity=1; expected 2"),
+        (dict(capacity=1), "capacity=1; expected a whole number, at least 2"),
+        (dict(questions=[]), r"questions=\[\]; expected a list of names, at least one"),
+        (dict(questions=3), r"expected a list of names"),
+        (dict(questions=["fall", 3]), r"expected a list of names"),
+        (dict(capacity=True), "capacity=True"),
+        (dict(capacity=2.5), "capacity=2.5"),
+        (dict(weight="x"), "weight='x'; expected a number above 0"),
+        (dict(floor="x"), "floor='x'; expected above 0"),
+        (dict(seed=-1), "seed=-1; expected a whole number"),
+        (dict(seed=None), "seed=None"),
         (dict(weight=0.0), "weight=0.0; expected a number above 0"),
         (dict(floor=0.0), "floor=0.0; expected above 0"),
     ],
@@ -102,6 +111,19 @@ def test_nothing_is_remembered_before_the_first_event_and_dicts_are_kept_whole()
 def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(QAError, match=message):
         RareEventMemory(**arguments)
+
+
+def test_numbers_that_come_from_numpy() -> None:
+    rates = np.array([0.0, 0.5])
+    given = RareEventMemory(
+        ["fall"], capacity=np.int64(101), weight=np.float32(0.5), floor=np.float64(0.5), seed=np.int32(3)
+    )  # type: ignore[arg-type]
+    plain = RareEventMemory(["fall"], capacity=101, weight=0.5, floor=0.5, seed=3)
+    for memory in (given, plain):
+        memory.offer(**rows(np.random.default_rng(0), 500, rates))
+    a, b = given.sample(50), plain.sample(50)
+    assert a is not None and b is not None and len(given) == 101
+    np.testing.assert_array_equal(a.weight, b.weight)
 
 
 def carts(n: int = 2) -> Any:
@@ -127,6 +149,8 @@ def agent(questions: Any = (FALL, LEAN), **kwargs: Any) -> Any:
 
 
 def test_questions_without_rare_events_and_replay_buffers_are_refused() -> None:
+    with pytest.raises(QAError, match="QACallback got memory=3; expected a RareEventMemory"):
+        QACallback(memory=3)  # type: ignore[arg-type]
     with pytest.raises(QAError, match=r"got \['lean'\]; expected names of questions with eventually"):
         agent().learn(64, callback=QACallback(memory=RareEventMemory(["lean"])))
     dqn = DQN("QAMlpPolicy", carts(1), policy_kwargs=dict(questions=[FALL]))

@@ -12,6 +12,7 @@ import sqlite3
 import time
 import traceback
 import warnings
+from enum import Enum
 
 import gymnasium as gym
 import numpy as np
@@ -23,12 +24,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from test_veto import ACTIONS, make_risks, steps
 from wrapping import IMAGE, KEYS, QUESTIONS, VECTOR, Toy, make_model, make_qa, run_single, run_vec, toys
 
-from sb3_qa import QAError, Question, QuestionAnswerer
+from sb3_qa import Choice, QAError, Question, QuestionAnswerer
+from sb3_qa import recorder as recorder_module
+from sb3_qa.certificate import answerer_digests
 from sb3_qa.flight_log import FlightLog
 from sb3_qa.policies import qa_policy
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack, unpack
 from sb3_qa.scores import false_alarm_rate
-from sb3_qa.truth import after, eventually
+from sb3_qa.truth import after, eventually, now
 from sb3_qa.wrappers import VecVetoAction, VetoAction
 from sb3_qa.wrappers import evidence as evidence_module
 
@@ -395,6 +398,51 @@ class TestWhatIsWritten:
         told = [(event.seed, event.since_seed, event.episode) for event in FlightLog(path).events()[-3:]]
         assert told == [(3, 0, 0), (3, 1, 1), (4, 0, 2)]
 
+    def test_options_that_come_from_numpy(self, qa, path):
+        n = np.int64
+        options = dict(seed=n(5), refine=n(2), cooldown=n(1), budget=n(3), let_through=np.float32(0.25))
+        env = VecVetoAction(
+            toys(2),
+            "crash[k=3]",
+            np.float32(0.5),
+            qa=qa,
+            record=path,
+            shadow=np.bool_(False),
+            penalty=np.float32(0.5),
+            **options,
+        )
+        run_vec(env, ACTIONS[:, :2])
+        env.close()
+        (run,) = FlightLog(path).runs().values()
+        assert {name: run[name] for name in options} == options
+        assert (run["threshold"], run["shadow"]) == (0.5, False)
+
+    def test_options_of_a_choice_that_json_does_not_take(self, path):
+        Lane = Enum("Lane", ["LEFT", "RIGHT"])
+        options = [Lane.LEFT, np.int64(3), (1, 2), frozenset([4])]
+        lane = Question("Which lane is it in?", now("lane"), answer=Choice(*options), name="lane")
+        qa = QuestionAnswerer.from_model(make_model(toys(2), questions=[QUESTIONS[0], lane]))
+        env = VecVetoAction(toys(2), "crash[k=3]", 0.5, qa=qa, record=path)
+        run_vec(env, ACTIONS[:, :2])
+        env.close()
+        told = [event.answers["lane"] for event in FlightLog(path).events()]
+        assert told and all(each in ("Lane.LEFT", 3, [1, 2], "frozenset({4})") for each in told)
+
+    def test_who_answered(self, qa, path, monkeypatch, caplog):
+        def fly_once():
+            env = VecVetoAction(toys(2), "crash[k=3]", 0.5, qa=qa, record=path)
+            run_vec(env, ACTIONS[:, :2])
+            env.close()
+
+        fly_once()
+        monkeypatch.setattr(evidence_module, "answerer_digests", lambda qa: 1 / 0)
+        with caplog.at_level(logging.WARNING):
+            fly_once()
+        assert "will not tell the answerer from another" in caplog.text
+        first, second = FlightLog(path).runs().values()
+        assert first["digests"] == answerer_digests(qa) and second["digests"] is None
+        assert "claim" not in first
+
     def test_training(self, path):
         """From learn() on, with an answerer that is bound there; the observations are those the policy sees."""
         from sb3_qa.callbacks import QACallback
@@ -552,6 +600,51 @@ class TestSize:
             largest = max(largest, sum(each.stat().st_size for each in path.parent.iterdir()))
         assert largest < 1e6 + 6e6  # with the write-ahead log, which is emptied every 1000 pages
 
+    def test_of_a_file_that_was_larger(self, path):
+        larger = FlightRecorder(path)
+        for k in range(100):
+            larger.write(an_event(larger, when=float(k), size=50_000))
+        larger.close()
+        assert path.stat().st_size > 5e6
+        recorder = FlightRecorder(path, max_mb=1.0)
+        with FlightLog(path) as log:
+            kept = log.events()
+            assert 5 < len(kept) < 20
+            assert [event.time for event in kept] == list(np.arange(100 - len(kept), 100))
+            assert log.counts == {"dropped": 100 - len(kept), "lost": 0}
+            assert log.window(kept[0].id).obs.shape == (len(kept), 50_000)
+        assert path.stat().st_size <= 1e6
+        for _ in range(50):
+            assert recorder.write(an_event(recorder, size=50_000))
+        recorder.close()
+        assert path.stat().st_size <= 1e6
+
+    def test_of_a_file_that_was_larger_while_others_use_it(self, path, monkeypatch):
+        monkeypatch.setattr(recorder_module, "WAIT", 0.05)
+        larger = FlightRecorder(path)
+        for _ in range(40):
+            larger.write(an_event(larger, size=50_000))
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        recorder = FlightRecorder(path, max_mb=1.0)  # it cannot be made smaller now
+        with FlightLog(path) as log:
+            assert len(log) == 40
+        other.execute("ROLLBACK")
+        for _ in range(20):
+            assert recorder.write(an_event(recorder, size=50_000)) and larger.write(an_event(larger, size=50_000))
+        with FlightLog(path) as log:
+            assert len(log) < 30
+        other.execute("BEGIN")
+        n = other.execute("SELECT count(*) FROM chunks").fetchone()
+        third = FlightRecorder(path, max_mb=1.0)  # somebody reads: it is made smaller, and what is read stays as it was
+        assert other.execute("SELECT count(*) FROM chunks").fetchone() == n
+        other.execute("COMMIT")
+        assert larger.write(an_event(larger))
+        assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        for each in (other, recorder, larger, third):
+            each.close()
+        assert path.stat().st_size <= 1e6
+
     def test_an_event_larger_than_the_file(self, path, caplog):
         recorder = FlightRecorder(path, max_mb=1.0)
         with caplog.at_level(logging.ERROR):
@@ -702,6 +795,8 @@ class TestFailing:
             FlightRecorder(path, **arguments)
 
     def test_refused_as_record(self, qa):
+        with pytest.raises(QAError, match="FlightRecorder got path=3; expected the path of a file"):
+            FlightRecorder(3)
         with pytest.raises(QAError, match="VetoAction got record=3; expected a path or a FlightRecorder"):
             VetoAction(Toy(), "crash[k=3]", 0.5, qa=qa, record=3)
 

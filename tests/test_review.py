@@ -16,6 +16,8 @@ from sb3_qa.flight_log import FlightLog
 from sb3_qa.recorder import FlightRecorder
 from sb3_qa.wrappers import VecVetoAction
 
+RUN = {"wrapper": "VecVetoAction", "question": "crash", "threshold": 0.5, "on_veto": "safest", "shadow": False}
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -66,6 +68,36 @@ def test_only_some(path, capsys):
         expected = {event.id for event in log.events() if kind in [each.lower() for each in event.kinds]}
         assert listed == expected
         assert 0 < len(listed) < len(log)
+
+
+def test_a_seed_that_an_environment_chose(tmp_path, capsys):
+    recorder = FlightRecorder(tmp_path / "f.sqlite")
+    batch, seed = an_event(recorder, run=recorder.begin_run(RUN)), 10**38 + 7
+    batch.events[0] = batch.events[0]._replace(seed=str(seed), since_seed=12)
+    batch.outcomes.append((0, batch.events[0].id))
+    recorder.write(batch)
+    assert main(["review", recorder.path]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    assert re.search(r"100000…\+12 .* veto +none *$", out, re.MULTILINE)
+    assert main(["review", recorder.path, "--event", str(batch.events[0].id)]) == 0
+    assert f"{seed}+12 (12 episodes after it)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "bogus"), r"--only got 'bogus'; expected one of \['flag', 'veto', .*'catastrophe'"),
+        (("--last", "-3"), "--last got -3; expected a number of events, at least 0"),
+        (("--frames", "x.npy"), "--frames got 'x.npy' and no event; expected one"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as left:  # as tyro leaves
+        main(["review", str(path), *arguments])
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert re.search(message, said.err) and not said.out
 
 
 def test_frames(tmp_path, capsys):

@@ -264,6 +264,8 @@ class TestBudgetAndCooldown:
             (dict(let_through=1.1), r"let_through=1.1; expected a probability in \[0, 1\]"),
             (dict(let_through=float("nan")), "let_through=nan"),
             (dict(refine=-1), "refine=-1; expected a number of gradient steps"),
+            (dict(seed=-1), "seed=-1; expected a whole number, at least 0"),
+            (dict(seed=None), "seed=None"),
         ],
     )
     def test_refused(self, qa, arguments, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+import logging
 import math
 import time
 import weakref
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
+from sb3_qa.certificate import answerer_digests
 from sb3_qa.errors import QAError
 from sb3_qa.questions import Choice
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack
@@ -25,6 +27,8 @@ from sb3_qa.wrappers.shell import Arrival, row
 from sb3_qa.wrappers.surroundings import Ring, Stretch, by_name, environments_in, frames_of, seed_of
 
 __all__ = ["Evidence"]
+
+log = logging.getLogger(__name__)
 
 Bools = NDArray[np.bool_]
 
@@ -111,7 +115,9 @@ class Evidence:
         self._about_action = [key for key, each in keys.items() if each.per_action]
         self._values = qa.values([*self._about_state, *self._about_action])
         self._options = {
-            key: each.question.answer.options for key, each in keys.items() if isinstance(each.question.answer, Choice)
+            key: [_as_json_takes_it(option) for option in each.question.answer.options]
+            for key, each in keys.items()
+            if isinstance(each.question.answer, Choice)
         }
         self._risk_is_told = self.question in self._about_action
         self._listed = isinstance(qa.policy.action_space, spaces.Discrete)
@@ -236,6 +242,7 @@ class Evidence:
     ) -> None:
         """Write down an event of each of these environments, and the steps up to it."""
         if self._run is None:
+            self.about = {**self.about, "digests": _digests(self.qa)}
             self._run, self._described = self.recorder.begin_run(self._description), True
         now, decision = time.time(), judged.decision
         numbered, events, risks = [], [], []
@@ -395,6 +402,26 @@ def _named(options: Sequence[Any], index: Any) -> Any:
     if isinstance(index, list):
         return [_named(options, each) for each in index]
     return options[int(index)] if np.isfinite(index) else None
+
+
+def _as_json_takes_it(option: Any) -> Any:
+    """An option of a choice; of one that JSON has no form for, such as a member of an enumeration, its text."""
+    if isinstance(option, np.generic):
+        option = option.item()
+    try:
+        json.dumps(option)
+    except (TypeError, ValueError):
+        return str(option)
+    return option
+
+
+def _digests(qa: QuestionAnswerer) -> dict[str, str] | None:
+    """What tells the answerer from another; None of one whose weights no digest can be made of, which stops nothing."""
+    try:
+        return answerer_digests(qa)
+    except Exception as error:
+        log.warning("the flight record will not tell the answerer from another: its weights have no digest (%s)", error)
+        return None
 
 
 def _last_obs(arrival: Arrival, i: int) -> Any:

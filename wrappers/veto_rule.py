@@ -114,26 +114,32 @@ class VetoRule(AnswerRule):
             )
         if isinstance(refine, bool) or not isinstance(refine, Integral) or refine < 0:
             raise QAError(f"{name} got refine={refine!r}; expected a number of gradient steps, at least 0; give e.g. 5")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+            raise QAError(f"{name} got seed={seed!r}; expected a whole number, at least 0; give e.g. 0")
         self.question = question
         self.threshold = float(limit)
         self.on_veto = on_veto
-        self.shadow = shadow
+        self.shadow = bool(shadow)
         self.penalty = float(penalty)
         self.refine = int(refine)
-        self._seed = seed
-        self.rng = np.random.default_rng(seed)
-        self.restraint = Restraint(name, cooldown, budget, let_through, seed)
+        self._seed = int(seed)
+        self.rng = np.random.default_rng(self._seed)
+        self.restraint = Restraint(name, cooldown, budget, let_through, self._seed)
         self.evidence = None
         self._fact = self._env = None
         if record is not None:
-            about = {
+            about: dict[str, Any] = {
                 "threshold": self.threshold,
                 "on_veto": _word(on_veto),
-                "shadow": shadow,
-                "seed": seed,
-                "refine": refine,
+                "shadow": self.shadow,
+                "seed": self._seed,
+                "refine": self.refine,
+                "cooldown": self.restraint.cooldown,
+                "budget": self.restraint.budget,
+                "let_through": self.restraint.let_through,
             }
-            about |= {"cooldown": cooldown, "budget": budget, "let_through": let_through}
+            if self.guard is not None:
+                about["claim"] = self.guard.certificate.claim
             self.evidence = Evidence(name, _as_recorder(name, record), question, about)
         self.space = spaces.Discrete(1)
         self._listed = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,12 +12,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sb3_qa.flight_log import FlightEvent, FlightLog, Window
+from sb3_qa.errors import QAError
+from sb3_qa.flight_log import KINDS, FlightEvent, FlightLog, Window
 from sb3_qa.scores import false_alarm_rate
 
 __all__ = ["main"]
 
 WIDTH = 120  # of what is piped
+DIGITS = 10  # of a seed, where it is longer shown whole only with --event; environments choose some of 39
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Options:
 def main(argv: list[str]) -> None:
     """Print the list, or the event."""
     options = tyro.cli(Options, args=argv, prog="python -m sb3_qa review")
+    try:
+        _check(options)
+    except QAError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH, no_color=True)
@@ -46,6 +54,22 @@ def main(argv: list[str]) -> None:
             _list(console, log, options)
         else:
             _show(console, log, options.event, options.frames)
+
+
+def _check(options: Options) -> None:
+    """Refuse options that say nothing.
+
+    :raises QAError: naming them
+    """
+    kinds = [kind.lower() for kind in KINDS]
+    if options.only is not None and options.only.lower() not in kinds:
+        raise QAError(f"--only got {options.only!r}; expected one of {kinds}; write e.g. --only veto")
+    if options.last < 0:
+        raise QAError(f"--last got {options.last}; expected a number of events, at least 0; write e.g. --last 40")
+    if options.frames is not None and options.event is None:
+        raise QAError(
+            f"--frames got {options.frames!r} and no event; expected one, whose frames to write; write --event NUMBER"
+        )
 
 
 def _list(console: Console, log: FlightLog, options: Options) -> None:
@@ -92,7 +116,14 @@ def _list(console: Console, log: FlightLog, options: Options) -> None:
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "what")
     for event in chosen[-options.last :] if options.last > 0 else []:
         table.add_row(
-            *(str(event.id), _when(event.time), str(event.env), str(event.episode), str(event.step), _seed(event)),
+            *(
+                str(event.id),
+                _when(event.time),
+                str(event.env),
+                str(event.episode),
+                str(event.step),
+                _short_seed(event),
+            ),
             *(_number(event.risk), _number(event.executed_risk), _action(event.proposed), _action(event.executed)),
             *(", ".join(event.kinds), _outcome(event)),
             style="bold red" if event.catastrophe else None,
@@ -171,6 +202,11 @@ def _number(value: float | None) -> str:
 
 def _seed(event: FlightEvent) -> str:
     return "?" if event.seed is None else f"{event.seed}+{event.since_seed}" if event.since_seed else str(event.seed)
+
+
+def _short_seed(event: FlightEvent) -> str:
+    digits = "" if event.seed is None else str(event.seed)
+    return _seed(event) if len(digits) <= DIGITS else _seed(event).replace(digits, f"{digits[:6]}…")
 
 
 def _outcome(event: FlightEvent) -> str:
