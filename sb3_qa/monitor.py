@@ -74,12 +74,12 @@ class RateMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted, as JSON takes it, to go on after a restart."""
-        return {"count": self.count, "events": self.events, "alarm": self.alarm}
+        return {"rate": self.rate, "count": self.count, "events": self.events, "alarm": self.alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
 
-        :raises QAError: when it is none
+        :raises QAError: when it is none, or was counted against another rate
         """
         given: Any = state if isinstance(state, Mapping) else {}
         count, events, alarm = given.get("count"), given.get("events"), given.get("alarm")
@@ -88,6 +88,11 @@ class RateMonitor:
             raise QAError(
                 f"{type(self).__name__} got the state {state!r}; expected a count, no more events than that, and an alarm that is true or "
                 "false; give what state_dict() returned"
+            )
+        if given.get("rate") != self.rate:
+            raise QAError(
+                f"{type(self).__name__} got a state that was counted against a rate of {given.get('rate')}; expected {self.rate:.6g}; give "
+                "that of a monitor of the same certificate, per the same kind of trial"
             )
         self.count, self.events, self.alarm = int(count), int(events), bool(alarm)
 

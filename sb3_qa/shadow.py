@@ -32,7 +32,6 @@ from sb3_qa.errors import QAError
 from sb3_qa.evaluation import Agent, SeededEpisodes, Trace, run_episodes
 from sb3_qa.extras import need
 from sb3_qa.facts import FactReader
-from sb3_qa.questions import Catalogue
 from sb3_qa.storage import weights_digest
 from sb3_qa.truth import Fact, Step
 from sb3_qa.wrappers.shell import as_answerer, qa_wrappers
@@ -367,11 +366,11 @@ class CatastropheOf:
     def __init__(self, qa: QuestionAnswerer, model: Any, key: str) -> None:
         # A saved answerer has only the name of a fact that was a callable; the model that acts may have the callable.
         own = getattr(getattr(model, "policy", None), "qa_head", None)
-        catalogues = [qa.catalogue, *([own.catalogue] if own is not None and key in own.catalogue.instances else [])]
-        question = catalogues[-1].instances[key].question
-        catalogue = Catalogue([question])
-        self._reader = FactReader(catalogue)
-        self._column = self._reader.column[catalogue.targets.index(catalogue.target_of[key])]
+        catalogue = own.catalogue if own is not None and key in own.catalogue.instances else qa.catalogue
+        instance = catalogue.find(key)
+        question = instance.question
+        self._reader = FactReader([catalogue.target_for(instance)])
+        self._column = self._reader.column[0]
         self._info: Mapping[str, Any] = {}
         self._fact = question.truth.fact
 

@@ -888,6 +888,21 @@ class TestWhatIsCertified:
         finally:
             env.close()
 
+    def test_an_instance_that_was_held_out(self):
+        held = Question(
+            "Hit within {k} steps of {action}?",
+            eventually("hit", within="k"),
+            k=[1, 3, 5],
+            name="hit",
+            holdout=[dict(k=3)],
+        )
+        kwargs = dict(questions=[held], net_arch=[8], qa_encoder="text")
+        model = PPO(qa_policy(PPO), walks(), n_steps=32, batch_size=32, seed=0, device="cpu", policy_kwargs=kwargs)
+        qa = QuestionAnswerer.from_model(model)
+        assert "hit[k=3]" not in qa.questions
+        mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+        assert mine.catastrophes > 0
+
     def test_a_question_about_the_state(self):
         near = Question("Hit within 3 steps?", eventually("hit", within=3), name="near")
         model = make_model(questions=[HIT, near])
@@ -1024,6 +1039,12 @@ class TestMonitor:
         other = MissMonitor(certificate)
         other.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
         assert other.alarm and other.evidence == monitor.evidence
+
+    def test_a_state_of_another_rate(self, certificate):
+        """As that of a monitor that counts something else."""
+        episodes = MissMonitor(certificate, per="episode")
+        with pytest.raises(QAError, match="counted against a rate of"):
+            MissMonitor(certificate).load_state_dict(episodes.state_dict())
 
     def test_neither_true_nor_false(self, certificate):
         monitor = MissMonitor(certificate)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from test_veto import ACTIONS, make_risks, steps
@@ -32,7 +33,7 @@ from sb3_qa.policies import qa_policy
 from sb3_qa.recorder import Batch, Chunk, Event, FlightRecorder, pack, unpack
 from sb3_qa.scores import false_alarm_rate
 from sb3_qa.truth import after, eventually, now
-from sb3_qa.wrappers import VecVetoAction, VetoAction
+from sb3_qa.wrappers import VecVetoAction, VetoAction, vector
 from sb3_qa.wrappers import evidence as evidence_module
 
 PARTS = spaces.Dict({"a": VECTOR, "b": spaces.Box(-10, 10, (2, 3), np.float32)})
@@ -236,6 +237,16 @@ class TestWhatIsWritten:
             assert event.outcome is expected, event
             found[expected] = found.get(expected, 0) + 1
         assert min(found.values()) >= 8 and len(found) == 3
+
+    def test_seeds_that_were_given_one_by_one(self, path, qa):
+        envs = vector.VetoAction(
+            AsyncVectorEnv([Toy] * 3), "crash[k=3]", 0.0, shadow=True, qa=qa, record=FlightRecorder(path, delay=0)
+        )
+        envs.reset(seed=[5, 99, 3])
+        envs.step(np.zeros(3, np.int64))
+        envs.close()
+        with FlightLog(path) as log:
+            assert [(event.seed, event.since_seed) for event in log.events()] == [(5, 0), (99, 0), (3, 0)]
 
     def test_false_alarms_are_not_told_wrong_by_a_time_limit(self, path):
         """Of flags just before it, only the catastrophes would be known: they are left out whatever came of them."""

@@ -80,7 +80,7 @@ class Evidence:
         self._inside: list[Any] | None = None
         self._run: int | None = None
         self._pictures: Sequence[Any] | None = None
-        self._to_be_seeded: int | None = None
+        self._to_be_seeded: int | Sequence[int | None] | None = None
         self._begin_anew(0)
         _CLOSE_AT_EXIT.add(self)
 
@@ -144,8 +144,8 @@ class Evidence:
                 'with render_mode="rgb_array" (make_vec_env: env_kwargs=dict(render_mode="rgb_array")), or leave frames out'
             )
 
-    def seed(self, seed: int) -> None:
-        """The environments are to be seeded with this and the numbers after it, as SB3 does."""
+    def seed(self, seed: int | Sequence[int | None]) -> None:
+        """The environments are to be seeded with this and the numbers after it, as SB3 does, or each with its own."""
         self._to_be_seeded = seed
 
     def start(self, index: NDArray[np.intp], n: int) -> None:
@@ -154,7 +154,8 @@ class Evidence:
             self._begin_anew(n)
         given = self._to_be_seeded
         if given is not None and len(index) == n:
-            self._seeds, self._since_seed, self._to_be_seeded = [given + i for i in range(n)], [-1] * n, None
+            self._seeds = [given + i for i in range(n)] if isinstance(given, int) else list(given)
+            self._since_seed, self._to_be_seeded = [-1] * n, None
         for i in index.tolist():
             if self._now > self._start[i] or self._episode[i] < 0:  # a reset after a reset begins no other episode
                 self._finish(i, None)

@@ -90,8 +90,11 @@ class Rule:
         self.acting: NDArray[np.bool_] | bool = True
         """Which environments execute their action; one that is about to reset itself ignores it, and nothing is vetoed there."""
 
-    def seed(self, seed: int) -> None:
-        """Begin again whatever is drawn at random. May be extended."""
+    def seed(self, seed: int, each: Sequence[int | None] | None = None) -> None:
+        """Begin again whatever is drawn at random. May be extended.
+
+        :param each: what every environment by itself is seeded with, where that is not this and the numbers after it
+        """
 
     def watch(self, env: Any) -> None:
         """Look around in the environment that is wrapped, once it is. May be extended.

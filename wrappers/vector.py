@@ -94,10 +94,10 @@ class VectorQAWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | Sequence[int | None] | None = None, options: Info | None = None) -> tuple[Any, Info]:
         mask = (options or {}).get("reset_mask")  # which the environment takes out of the options
-        for one in [seed] if seed is None or isinstance(seed, int) else seed:
-            if one is not None:
-                self.rule.seed(one)
-                break
+        each = None if seed is None or isinstance(seed, int) else list(seed)
+        first = seed if each is None else next((one for one in each if one is not None), None)
+        if first is not None:
+            self.rule.seed(first, each)  # type: ignore[arg-type]
         obs, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         new = np.ones(self.num_envs, np.bool_) if mask is None else np.array(mask, np.bool_)
         self.rule.started(_copied(obs), None if mask is None else new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -155,11 +156,11 @@ class VetoRule(AnswerRule):
         """Whether a fallback policy or a callable says what is executed instead."""
         return not isinstance(self.on_veto, str)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int, each: Sequence[int | None] | None = None) -> None:
         self.rng = np.random.default_rng([self._seed, seed])
         self.restraint.seed(seed)
         if self.evidence is not None:
-            self.evidence.seed(seed)
+            self.evidence.seed(seed if each is None else each)
 
     def watch(self, env: Any) -> None:
         """Look around in the environment that is wrapped.
