@@ -13,6 +13,16 @@ BENCH = Path(__file__).parent / "bench"
 ROOM = 1.5  # for a machine that does other things too
 
 
+def test_a_flight_record_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import recorder
+
+    ratio = min(recorder.measure("CartPole-v1", 1, 0.01, blocks=10, block=150) for _ in range(3))
+    for name in ("recorder", "overhead"):
+        del sys.modules[name]
+    assert 0.9 < ratio < 1.15
+
+
 def test_joint_training_is_about_as_fast_as_when_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import overhead

@@ -203,8 +203,7 @@ def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:
     )
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "bench": f"{name}_8q_live",
-        "threads": threads,
+        "bench": f"{name}_8q_live" + ("" if threads == 1 else f"_{threads}_threads"),
         "ratio": round(ratio, 4),
         "min": round(min(ratios), 4),
         "max": round(max(ratios), 4),

@@ -72,8 +72,8 @@ class Rollout:
         return wall, cpu
 
 
-def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> None:
-    """Print the ratios of one case."""
+def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> float:
+    """Print the ratios of one case; the median one of processor times is returned."""
     case = CASES[name]
 
     def environment() -> Any:
@@ -107,10 +107,11 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
         size = path.stat().st_size
         n_events = len(sqlite3.connect(path).execute("SELECT id FROM events").fetchall())
     flagged = arms["with"].n_flagged / arms["with"].n_steps
-    ratios = []
+    ratios, medians = [], []
     for which in (0, 1):
         each = [a[which] / b[which] for a, b in zip(times["with"], times["without"], strict=True)]
         total = sum(a[which] for a in times["with"]) / sum(b[which] for b in times["without"])
+        medians.append(statistics.median(each))
         ratios.append(f"median {statistics.median(each):.4f}, of totals {total:.4f}")
     step = 1e6 * statistics.median(b[1] for b in times["without"]) / block
     print(
@@ -118,6 +119,7 @@ def measure(name: str, n_envs: int, share: float, blocks: int, block: int) -> No
         f"{ratios[1]}; clock: {ratios[0]}; {size / 1e6:.1f} MB for {n_events} events of {arms['with'].n_flagged} flags",
         flush=True,
     )
+    return medians[1]
 
 
 def main() -> None:
