@@ -838,7 +838,8 @@ class TestWhatIsCertified:
             mine.check(target)
 
     def test_weights_written_past_the_count_of_changes_are_found(self, monkeypatch):
-        monkeypatch.setattr(guard_module, "LOOK_AGAIN", 0.0)
+        clock = iter(range(100))
+        monkeypatch.setattr(guard_module.time, "monotonic", lambda: 1000.0 ** next(clock))  # it flies
         model = make_model()
         qa = QuestionAnswerer.from_model(model)
         mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])

@@ -71,24 +71,31 @@ class Guard:
         self.certificate = certificate
         self.shadow = shadow
         self.monitor = MissMonitor(certificate, per="catastrophe" if shadow else "episode")
-        self._checked, self._looked = -1, 0.0
+        self._checked, self._look_again = -1, 0.0
         self._open: dict[int, _Episode] = {}
         self._queue: list[_Episode] = []
         self._warned = False
 
     def bind(self, qa: QuestionAnswerer, env: Any = None) -> None:
         """Hold an answerer against the certificate, and what an environment normalises observations by, once it is known."""
-        self.certificate.check(qa, env)
-        self._checked, self._looked = qa.version, time.monotonic()
+        self._look(qa, env)
 
     def check(self, qa: QuestionAnswerer | None) -> None:
         """The same of the answerer again, if its weights may have changed since: a live one learns on.
 
-        Weights that were written to past torch's count of changes (by ``.data``, as target networks are) are found within a second.
+        Weights that were written to past torch's count of changes (by ``.data``, as target networks are) are found within a second,
+        or within a hundred times as long as looking at them takes.
         """
-        if qa is not None and (qa.version != self._checked or time.monotonic() - self._looked > LOOK_AGAIN):
-            self.certificate.check(qa)
-            self._checked, self._looked = qa.version, time.monotonic()
+        if qa is not None and (qa.version != self._checked or time.monotonic() > self._look_again):
+            self._look(qa, None)
+
+    def _look(self, qa: QuestionAnswerer, env: Any) -> None:
+        started = time.monotonic()
+        self.certificate.check(qa, env)
+        now = time.monotonic()
+        self._checked, self._look_again = qa.version, now + max(LOOK_AGAIN, 100.0 * (now - started))
+        if self.certificate.mismatch == "warn":  # it has been said
+            self._look_again = float("inf")
 
     def begin(self, index: NDArray[np.intp]) -> None:
         """Episodes begin in these environments."""
