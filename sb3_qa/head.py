@@ -34,6 +34,9 @@ Array = Any  # a numpy array or a torch tensor
 
 MOST_LOGITS = 512  # beyond, whoever asks for some questions does not pay for all
 MOST_PANELS = 4096  # questions whose rows are kept, each asked by itself
+SHARED_OUT_FROM = (
+    2**20
+)  # multiplications of a product; numpy's BLAS shares out smaller ones too, at less than torch's way costs
 LONGEST_AVERAGE = 500  # updates that answers are averaged over
 
 
@@ -151,7 +154,7 @@ class QAHead(nn.Module):
         self.n_updates: torch.Tensor
         self.register_buffer("average", self.flat.detach().clone())
         self.register_buffer("n_updates", torch.zeros(()))  # a float, as all of a policy's state is; exact up to 2**24
-        self._learning: tuple[int, Weights] | None = None  # views, and the place that they are of
+        self._learning: tuple[Any, Weights] | None = None  # views, and the place that they are of
         self._answering: tuple[int, _Answering] | None = None
         self._closed_form: ClosedForm | None = None
         self._kept: tuple[int, QAHead] | None = None
@@ -250,12 +253,24 @@ class QAHead(nn.Module):
         readout, action, *hidden = [flat[start:stop].reshape(shape) for start, stop, shape in self._places]
         return Weights(readout, action, hidden)
 
-    def _that_learn(self) -> Weights:
-        """The weights that learn: views that follow every update, numpy's on the CPU."""
-        flat = self.flat
-        if self._learning is None or self._learning[0] != flat.data_ptr():
-            self._learning = flat.data_ptr(), self.weights(flat.detach().numpy() if flat.is_cpu else flat.detach())
+    def _that_learn(self, xp: Any) -> Weights:
+        """The weights that learn, as numpy's or torch's: views that follow every update."""
+        key = self.flat.data_ptr(), xp
+        if self._learning is None or self._learning[0] != key:
+            flat = self.flat.detach()
+            self._learning = key, self.weights(flat.numpy() if xp is np else flat)
         return self._learning[1]
+
+    def _best_for(self, n: int) -> Any:
+        """Numpy or torch, for the gradient of a batch of ``n`` on the device of the weights.
+
+        Numpy's operations take less time to begin. But a large product is shared out to threads by numpy's BLAS, and the threads of
+        torch's own operations before and after it wait actively meanwhile: where both have several, each slows the other.
+        """
+        if not self.flat.is_cpu:
+            return torch
+        largest = n * self.width * max(self.latent_dim, self.width, self.n_logits)
+        return torch if largest > SHARED_OUT_FROM and torch.get_num_threads() > 1 else np
 
     def _that_answer(self) -> _Answering:
         """The weights that answer: views that follow every update on the CPU, copies that are renewed after each elsewhere."""
@@ -465,13 +480,14 @@ class QAHead(nn.Module):
         """
         if panel is not None:
             return self._panel_gradients(panel, latents, features, y, weight)
-        if latents[0].device.type == "cpu":
+        xp = self._best_for(len(y))
+        if xp is np:
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
-            d_latents, d_flat = self._gradients(np, self._that_learn(), arrays, features, y, weight)
+            d_latents, d_flat = self._gradients(np, self._that_learn(np), arrays, features, y, weight)
             return [torch.from_numpy(d_latent) for d_latent in d_latents], torch.from_numpy(d_flat.copy())
         arrays = [latent.detach() for latent in latents]
         moved = [None if x is None else torch.as_tensor(x, device=arrays[0].device) for x in (features, y, weight)]
-        d_latents, d_flat = self._gradients(torch, self._that_learn(), arrays, *moved)
+        d_latents, d_flat = self._gradients(torch, self._that_learn(torch), arrays, *moved)
         return d_latents, d_flat.clone()
 
     def _panel_gradients(
@@ -482,20 +498,21 @@ class QAHead(nn.Module):
         made_of = flat[:n_made_of].requires_grad_()
         with torch.enable_grad():
             readout = self.readout_of(made_of, panel)
-        on_cpu, acted = flat.is_cpu, features is not None
+        by_numpy, acted = self._best_for(len(y)) is np, features is not None
         kept = panel.workspace
-        if kept is None or kept[0] != (len(y), acted, flat.device):
+        key = len(y), acted, by_numpy, flat.device
+        if kept is None or kept[0] != key:
             shapes = PanelShapes(panel, self.width, self.scale, flat[n_made_of:], partial(self._panel_weights, panel))
-            weights = self._panel_weights(panel, shapes.flat.numpy() if on_cpu else shapes.flat)
-            like = y if on_cpu else torch.as_tensor(y, device=flat.device)
+            weights = self._panel_weights(panel, shapes.flat.numpy() if by_numpy else shapes.flat)
+            like = y if by_numpy else torch.as_tensor(y, device=flat.device)
             dims = [latent.shape[1] for latent in latents]
-            form = ClosedForm(shapes, weights, np if on_cpu else torch, dims, like, acted)
-            kept = panel.workspace = (len(y), acted, flat.device), shapes, form
+            form = ClosedForm(shapes, weights, np if by_numpy else torch, dims, like, acted)
+            kept = panel.workspace = key, shapes, form
         _, shapes, form = kept
         n = shapes.n_readout
         shapes.flat[:n] = readout.detach().flatten()
         shapes.flat[n:] = flat[n_made_of:]
-        if on_cpu:
+        if by_numpy:
             arrays: list[Array] = [latent.detach().numpy() for latent in latents]
             d_arrays, d_array = form(arrays, features, y, weight)
             d_latents, d_whole = [torch.from_numpy(each) for each in d_arrays], torch.from_numpy(d_array)

@@ -15,6 +15,7 @@ from torch import nn
 
 from sb3_qa import Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
+from sb3_qa.closed_form import ClosedForm
 from sb3_qa.head import LONGEST_AVERAGE, QAHead, decode
 from sb3_qa.joint import attach, question_losses
 from sb3_qa.policies import qa_policy
@@ -67,6 +68,32 @@ class TestGradients:
         for gradients, flat in ((d_latents, d_flat), (by_torch, d_flat_by_torch)):
             torch.testing.assert_close(torch.cat(list(gradients), dim=1), whole.grad, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(flat, head.flat.grad, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("encoder", ["index", "text"])
+    def test_large_batches_are_torchs_where_it_has_several_threads(
+        self, encoder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Numpy's threads and torch's would wait for each other: learning with 256 units took four times as long."""
+        learnt, ways = [], []
+        original = ClosedForm.__init__
+
+        def noting(form: ClosedForm, head: Any, weights: Any, xp: Any, *args: Any) -> None:
+            ways.append(xp)
+            original(form, head, weights, xp, *args)
+
+        monkeypatch.setattr(ClosedForm, "__init__", noting)
+        for threads, least in ((1, 0), (2, 2**60), (2, 0)):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            monkeypatch.setattr("sb3_qa.head.SHARED_OUT_FROM", least)
+            model = make_model(qa_encoder=encoder)
+            model.learn(72, callback=QACallback())
+            learnt.append(
+                torch.cat([p.detach().flatten() for p in (*model.policy.parameters(), model.policy.qa_head.flat)])
+            )
+            assert set(ways) == {torch if (threads, least) == (2, 0) else np}
+            ways.clear()
+        assert torch.equal(learnt[0], learnt[1])
+        torch.testing.assert_close(learnt[2], learnt[0], rtol=1e-3, atol=1e-4)
 
     def test_what_it_returns_is_kept(self) -> None:
         """It works in arrays that are used again, for batches of the same size and of others."""
