@@ -67,6 +67,7 @@ class VetoRule(AnswerRule):
     _fact: Fact | None
     """Whether the catastrophe happens, where that is watched."""
     _env: Any
+    """What an SB3 wrapper wraps, which may normalise observations."""
     _listed: NDArray[Any] | None
     _judged: Judged | None
     _possible: Bools | None
@@ -172,9 +173,9 @@ class VetoRule(AnswerRule):
             getattr(env, f"single_{name}", getattr(env, name)) for name in ("observation_space", "action_space")
         ]
         check_fallback(self.name, self.on_veto, *spaces_of_one)
-        self._env = env
+        self._env = getattr(env, "venv", None)  # of SB3's; the wrapper itself would hold itself, and what it has loaded
         if self.guard is not None and self.qa is not None:
-            self.guard.bind(self.qa, env)
+            self.guard.bind(self.qa, self._env)
         if self.evidence is not None:
             self.evidence.watch(env)
 
