@@ -403,7 +403,7 @@ def _check_environment(env: Any) -> None:
                 f"certify got an environment with an acting {type(wrapper).__name__}; expected none, as what would happen without it is to "
                 "be seen; leave it out, or give it shadow=True"
             )
-    inside = any(True for wrapper, _ in qa_wrappers(env) if isinstance(wrapper, VetoAction))  # was looked at above
+    inside = any(isinstance(wrapper, VetoAction) for wrapper, _ in qa_wrappers(env))  # was looked at above
     if not inside and any(env.env_is_wrapped(VetoAction)):
         raise QAError(
             "certify got environments with a VetoAction in other processes, where it cannot be seen whether it acts; expected none, as "
@@ -417,10 +417,9 @@ def _check_environment(env: Any) -> None:
 
 def _digests(qa: QuestionAnswerer, model: Any, env: VecEnv) -> dict[str, str | None]:
     policy = getattr(model, "policy", None)
-    digests: dict[str, str | None] = {**answerer_digests(qa), "agent": None, "normalizer": None}
+    digests: dict[str, str | None] = {**answerer_digests(qa), "agent": None, "normalizer": normalizer_digest(env)}
     if isinstance(policy, torch.nn.Module):
         digests["agent"] = weights_digest(policy)
-    digests["normalizer"] = normalizer_digest(env)
     return digests
 
 

@@ -80,6 +80,16 @@ def certificate(model, qa):
     return certify(qa, walks(), "hit[k=3]", model, miss_rate=0.1)
 
 
+def vetoed(model):
+    """Environments under a veto that is certified of this model as it is, and a step in them."""
+    qa = QuestionAnswerer.from_model(model)
+    mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
+    env = VecVetoAction(walks(), "hit[k=3]", threshold=mine, qa=qa)
+    env.reset()
+    env.step(np.zeros(4, np.int64))
+    return env
+
+
 def true_miss_rate(model, qa, key, threshold, lead=1, cells=5):
     """Share of the episodes with a hit that have no flag ``lead`` steps before, worked out from the chain of cells."""
     obs = np.eye(cells, dtype=np.float32)
@@ -652,11 +662,7 @@ class TestVeto:
 
     def test_one_that_learns_on_is_refused(self, certificate):
         model = make_model()
-        qa = QuestionAnswerer.from_model(model)
-        mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
-        env = VecVetoAction(walks(), "hit[k=3]", threshold=mine, qa=qa)
-        env.reset()
-        env.step(np.zeros(4, np.int64))
+        env = vetoed(model)
         with torch.no_grad():
             model.policy.action_net.bias.add_(0.1)
         with pytest.raises(QAError, match="are not those that were certified"):
@@ -841,14 +847,10 @@ class TestWhatIsCertified:
         clock = iter(range(100))
         monkeypatch.setattr(guard_module.time, "monotonic", lambda: 1000.0 ** next(clock))  # it flies
         model = make_model()
-        qa = QuestionAnswerer.from_model(model)
-        mine = certify(qa, walks(), "hit[k=3]", model, 0.9, confidence=0.5, thresholds=[1e-6])
-        env = VecVetoAction(walks(), "hit[k=3]", threshold=mine, qa=qa)
-        env.reset()
-        env.step(np.zeros(4, np.int64))
-        version = qa.version
+        env = vetoed(model)
+        version = env.rule.qa.version
         model.policy.action_net.bias.data.add_(0.1)
-        assert qa.version == version
+        assert env.rule.qa.version == version
         with pytest.raises(QAError, match="are not those that were certified"):
             env.step(np.zeros(4, np.int64))
 

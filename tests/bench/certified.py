@@ -58,7 +58,7 @@ def run(name: str, arm: str, seed: int) -> Row:
     trained = train_arm(task, arm, seed, folder=MODELS)
     model, qa = trained.model, trained.answerer
     row: Row = {"none": summary(play(task, model, TEST_SEED))}
-    if qa is not None and arm != "punished":
+    if qa is not None:
         # How many are played is settled by other episodes than those that are judged.
         share = row["none"]["catastrophes"]
         least = needed(MISS_RATE, CONFIDENCE)
@@ -102,7 +102,7 @@ def told(row: Row, kind: str, what: str) -> float | None:
     return float(row[kind][what]) if kind in row else None
 
 
-def cells(rows: dict[int, Row], kind: str, of: Iterable[tuple[Callable[[Row], float | None], int]]) -> list[str]:
+def cells(rows: dict[int, Row], of: Iterable[tuple[Callable[[Row], float | None], int]]) -> list[str]:
     """Interquartile means over seeds, with their intervals."""
     texts = []
     for quantity, digits in of:
@@ -149,7 +149,7 @@ def main() -> None:
             ("none; catastrophes punished", of["punished"], "none"),
         ]
         for name, rows, kind in kinds:
-            said = cells(rows, kind, columns(kind))
+            said = cells(rows, columns(kind))
             certified = sum(kind in row for row in rows.values())
             few = f" ({certified} of {len(rows)} seeds)" if certified < len(rows) else ""
             lines.append(
