@@ -53,6 +53,7 @@ class Reading:
         self._head: QAHead = policy.qa_head
         self._critic: Any = policy.critic if policy.qa_critics else None
         self._obs = obs
+        self._of_target = answerer.target
         self.memory = memory
         self._after: Memory | None = None
         self.ahead: Ahead | None = None
@@ -204,12 +205,17 @@ class Reading:
 
     def shares(self) -> Floats:
         """How often the policy takes each action of a discrete space here, (n, n_actions)."""
-        return self._policy.qa_taps.shares(self._policy, self._obs, self._latents)
+        return self._policy.qa_taps.shares(self._policy, self._obs, self._live_latents)
 
     def preferred(self) -> NDArray[Any]:
         """The action the policy likes best in each observation, (n, *action_shape), as the environment takes it."""
-        actions = self._policy.qa_taps.preferred(self._policy, self._obs, self._latents)
+        actions = self._policy.qa_taps.preferred(self._policy, self._obs, self._live_latents)
         return self._for_environment(actions.reshape(len(self), *self._policy.action_space.shape))
+
+    @property
+    def _live_latents(self) -> list[Floats]:
+        """What the policy acts by; none where those of a target network were read."""
+        return [] if self._of_target else self._latents
 
     def sampled(self, n: int, seed: int) -> NDArray[Any]:
         """``n`` actions of the policy for each observation, (n_obs, n, *action_shape); no shared random stream is used."""

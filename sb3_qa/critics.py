@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
-from sb3_qa.taps import _Dense, _evaluating, _is_stock, _layers_of, _recording, _tensors, of_family, plain, readout
+from sb3_qa.taps import _Dense, _evaluating, _layers_of, _recording, _tensors, is_stock, of_family, plain, readout
 
 __all__ = ["CRITICS", "TARGETS", "Critics"]
 
@@ -104,7 +104,7 @@ class Critics:
     def _read(self, policy: Any, obs: Any, acts: Floats, times: int, critic: Any) -> list[Floats]:
         with torch.no_grad(), _evaluating(policy), self._recording(policy, critic) as seen:
             given = torch.as_tensor(acts, device=policy.device)
-            if _is_stock(
+            if is_stock(
                 type(plain(critic)), "forward"
             ):  # its extractor need not see an observation once for every candidate
                 features = critic.extract_features(_tensors(policy, obs), critic.features_extractor)

@@ -21,7 +21,18 @@ from torch import nn
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory, is_recurrent
 
-__all__ = ["CRITIC_ONLY", "READOUTS", "REFUSED", "Ahead", "Taps", "going_on_from", "of_family", "plain", "readout"]
+__all__ = [
+    "CRITIC_ONLY",
+    "READOUTS",
+    "REFUSED",
+    "Ahead",
+    "Taps",
+    "going_on_from",
+    "is_stock",
+    "of_family",
+    "plain",
+    "readout",
+]
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -112,9 +123,14 @@ class Taps:
         self._actor_critic = hasattr(policy, "evaluate_actions")
         self.recurrent = is_recurrent(policy)
         self._direct = (
-            self._actor_critic and not self.recurrent and all(_is_stock(type(policy), name) for name in _PASSES)
+            self._actor_critic
+            and not self.recurrent
+            and family == of_family(READOUTS, type(policy))
+            and all(is_stock(type(policy), name) for name in _PASSES)
         )
         self._sequence = _plain_sequence(policy) if names is None else None
+        self._greedy = self._direct or (self._sequence is not None and _takes_the_best(policy))
+        """Whether the largest output of the first readout is the action the policy likes best, where actions can be counted."""
         if self._direct and _is_plain_mlp(policy):
             self._dense: tuple[_Dense, ...] | None = (_Dense(), _Dense())
         else:
@@ -252,9 +268,12 @@ class Taps:
         return policy.get_distribution(_tensors(policy, obs))
 
     def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> NDArray[Any]:
-        """The actions (n, ...) the policy likes best."""
-        if self._direct and isinstance(policy.action_space, spaces.Discrete):  # without building a distribution
-            layer = policy.action_net
+        """The actions (n, ...) the policy likes best.
+
+        :param latents: that were read of these observations; none, if they are to be read anew
+        """
+        if self._greedy and latents and isinstance(policy.action_space, spaces.Discrete):  # without a pass
+            layer = policy.action_net if self._direct else readout(policy, self.names[0])
             own_hook_only = len(layer._forward_hooks) == 1 and not layer._forward_pre_hooks
             step = _step_of(layer) if own_hook_only else None
             if isinstance(step, tuple):
@@ -515,10 +534,17 @@ def _plain_sequence(policy: Any) -> tuple[str, str] | None:
         return None
     owner, name = place
     network = getattr(policy, owner)
-    stock = all(_is_stock(type(network), each) for each in ("forward", "extract_features"))
+    stock = all(is_stock(type(network), each) for each in ("forward", "extract_features"))
     if not stock or type(network.features_extractor) is not FlattenExtractor:
         return None
     return place if isinstance(getattr(network, name, None), nn.Sequential) else None
+
+
+def _takes_the_best(policy: Any) -> bool:
+    """Whether a policy takes the action of the largest value, as DQN does, and its one readout gives these values."""
+    network = getattr(policy, "q_net", None)
+    stock = all(is_stock(type(each), "_predict") for each in (policy, network))
+    return of_family({"DQNPolicy": True}, type(policy)) is not None and stock
 
 
 def _parts(obs: Any) -> dict[str, torch.Tensor]:
@@ -557,7 +583,7 @@ def _evaluating(policy: Any) -> Iterator[None]:
             module.training = True
 
 
-def _is_stock(cls: type, name: str) -> bool:
+def is_stock(cls: type, name: str) -> bool:
     """Whether a method is SB3's own; that of our policies, around it, aside."""
     owners = (c.__module__ for c in cls.__mro__ if name in vars(c) and not c.__module__.startswith("sb3_qa.policies"))
     return next(owners, "").startswith(("stable_baselines3.", "sb3_contrib."))

@@ -375,6 +375,62 @@ def test_an_unknown_family_says_what_it_could_not_find_and_takes_names() -> None
     assert QuestionAnswerer(policy).ask("low[k=4]", np.zeros((5, 3), np.float32)).probability.shape == (5, 2)
 
 
+@pytest.mark.parametrize("names", [["value_net"], ["value_net", "action_net"]], ids=str)
+def test_readouts_that_are_named_are_read_in_that_order(names: list[str]) -> None:
+    """What is taught in passing and what answers are the latents of the same readouts."""
+    model = taught(PPO, net=dict(net_arch=[8], qa_readouts=names))
+    policy, obs = model.policy, torch.randn(7, 3)
+    with torch.no_grad():
+        actor, critic = policy.mlp_extractor(obs)
+        expected = [{"action_net": actor, "value_net": critic}[name] for name in names]
+        read = policy.qa_taps.join(policy.qa_taps.read(policy, obs.numpy()))
+        best = policy.get_distribution(obs).mode().numpy()
+    np.testing.assert_allclose(read, torch.cat(expected, dim=1).numpy(), atol=1e-6)
+    np.testing.assert_array_equal(QuestionAnswerer.from_model(model).read(obs.numpy()).preferred(), best)
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_the_preferred_action_is_what_the_agent_takes(target: bool) -> None:
+    """Of the network that acts, also where its target answers."""
+    model = taught(DQN, net=dict(net_arch=[16]))
+    with torch.no_grad():
+        for parameter in model.policy.q_net_target.q_net.parameters():
+            parameter.neg_()
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    taken, _ = model.predict(obs, deterministic=True)
+    assert 0 < taken.sum() < 50
+    reading = QuestionAnswerer.from_model(model, target=target).read(obs)
+    np.testing.assert_array_equal(reading.preferred(), taken)
+    np.testing.assert_array_equal(reading.shares().argmax(axis=1), taken)
+
+
+class Frozen(torch.nn.BatchNorm1d):
+    """A layer that never leaves its evaluation."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("own", [False, True], ids=["stock", "with a layer of its own ways"])
+def test_modes_change_as_those_of_a_plain_agent(algorithm: Any, own: bool) -> None:
+    plain = make(algorithm, alias(algorithm, "vector"), environment(algorithm), network(algorithm, "vector", True))
+    asked = taught(algorithm)
+    networks = [plain.policy, asked.policy]
+    if own:
+        for policy in networks:
+            part = next(part for part in policy.children() if len(list(part.children())))
+            part.frozen = Frozen(3)
+    for mode in (True, False, False, True):
+        states = []
+        for policy in networks:
+            policy.set_training_mode(mode)
+            states.append({name: part.training for name, part in policy.named_modules() if "qa_head" not in name})
+        assert states[0] == states[1]
+        assert states[0][""] is mode
+        assert not own or not any(on for name, on in states[1].items() if name.endswith("frozen"))
+
+
 @pytest.mark.parametrize("algorithm", [DQN, QRDQN, SAC, TD3, TQC])
 @pytest.mark.parametrize("arch", [[], [8], [8, 6]])
 def test_dense_layers_are_read_as_torch_computes_them(algorithm: type, arch: list[int]) -> None:

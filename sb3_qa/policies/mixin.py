@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import nn
 
@@ -25,7 +27,7 @@ from sb3_qa.policies.distributions import lean
 from sb3_qa.policies.own import OwnParameters
 from sb3_qa.question_file import QuestionSource, load_questions
 from sb3_qa.questions import Catalogue, nearest
-from sb3_qa.taps import SMALL, Taps, going_on_from, of_family, readout
+from sb3_qa.taps import SMALL, Taps, going_on_from, is_stock, of_family, readout
 
 __all__ = ["QAPolicyMixin"]
 
@@ -49,6 +51,16 @@ EPS = 1e-8
 
 FASTEST = 0.01
 """The learning rate that none of a head exceeds, unless the agent's does."""
+
+SWITCHED = {
+    "DQNPolicy": ("q_net",),
+    "QRDQNPolicy": ("quantile_net",),
+    "SACPolicy": ("actor", "critic"),
+    "TD3Policy": ("actor", "critic"),
+    "TQCPolicy": ("actor", "critic"),
+    "CrossQPolicy": ("actor", "critic"),
+}
+"""The networks of families with a replay buffer that change between training and evaluation; their targets do not."""
 
 UNSAID: Any = object()
 """Of an argument that is left to the class: None is refused where it says nothing."""
@@ -255,6 +267,21 @@ class QAPolicyMixin:
         device: torch.device = super().device if head is None else head.flat.device  # type: ignore[misc]
         return device
 
+    def set_training_mode(self, mode: bool) -> None:
+        """As SB3's, which ``predict()`` calls each time, and which takes about as long as the pass itself: layers that have no way of
+        their own to change modes are told, not asked.
+        """
+        modules = [self._modules[name] for name in _switched(type(self))]  # type: ignore[attr-defined, arg-type]
+        for module in modules:  # which grow
+            modules += [child for child in module._modules.values() if child is not None]
+        told = all(_is_told(type(module)) for module in modules)  # type: ignore[arg-type]
+        if not modules or not isinstance(mode, bool) or not told:
+            super().set_training_mode(mode)  # type: ignore[misc]
+            return
+        for module in modules:
+            module.__dict__["training"] = mode
+        self.__dict__["training"] = mode
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The agent's own parameters. SB3 clips their gradient; the head's must not count, see :class:`JointTraining`."""
         if not recurse:
@@ -282,6 +309,21 @@ class QAPolicyMixin:
                 f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
             )
         return names
+
+
+@functools.cache
+def _switched(cls: type) -> tuple[str, ...]:
+    """Names of the networks whose mode changes with that of a policy of these, where SB3's own method changes it."""
+    return of_family(SWITCHED, cls) or () if is_stock(cls, "set_training_mode") else ()
+
+
+@functools.cache
+def _is_told(cls: type) -> bool:
+    """Whether a module of this class has no way of its own to change between training and evaluation."""
+    changes = getattr(cls, "set_training_mode", BaseModel.set_training_mode)
+    own: Any = cls
+    stock = own.__setattr__ is nn.Module.__setattr__ and own.train is nn.Module.train
+    return bool(stock and changes is BaseModel.set_training_mode)
 
 
 def _without_head(network: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -55,6 +55,7 @@ def run(name: str, arm: str, seed: int, **qa_kwargs: Any) -> dict[str, float]:
     if record is not None:
         skill = np.nanmean([scores["skill"] for scores in answers(record).values()])
         row["skill"] = round(float(skill), 4)
+        row["added"] = round(100 * trained.parameters["questions"] / trained.parameters["agent"], 1)
     return row
 
 
