@@ -85,7 +85,7 @@ class Replay(Recorder):
         """Take in one step, which the algorithm is about to put into its buffer."""
         position = self.buffer.pos
         n_envs = self.buffer.n_envs
-        self.store.forget(np.arange(position * n_envs, (position + 1) * n_envs))
+        self.store.forget(position * n_envs, (position + 1) * n_envs)
         super().record(local)
         self._positions.append(position)
         if self.buffer.optimize_memory_usage:
