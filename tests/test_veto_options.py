@@ -1,15 +1,17 @@
 """Options of a veto: a fallback policy, gradient steps, budget, cooldown, and what is let through by chance."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, TD3
 from test_veto import ACTIONS, RUIN, make_risks, nought, once, steps
 from wrapping import Toy, assert_same, batch, make_model, make_qa, run_single, run_vec, toys
 
 from sb3_qa import QAError, QuestionAnswerer
-from sb3_qa.wrappers import VecVetoAction, VetoAction
+from sb3_qa.policies import qa_policy
+from sb3_qa.wrappers import VecVetoAction, VetoAction, vector
 from sb3_qa.wrappers.restraint import Restraint
 from sb3_qa.wrappers.substitutes import refined
 
@@ -199,6 +201,38 @@ class TestRefine:
         assert (told[5] < told[0] - 1e-3).mean() > 0.5
         assert told[5].mean() < 0.8 * told[0].mean()
 
+    def test_the_policys_own_actions_alone(self):
+        """Nothing is executed that the policy would hardly take, and nothing of a higher risk than what it proposed."""
+        model = make_model(toys(action_space=self.SPACE), questions=RUIN)
+        with torch.no_grad():
+            model.policy.log_std.fill_(-3.0)
+        qa, away = QuestionAnswerer.from_model(model), {}
+        for candidates in ("all", "policy"):
+            env = VecVetoAction(toys(1, action_space=self.SPACE), "ruin", 0.0, candidates=candidates, qa=qa)
+            proposed = model.predict(env.reset(), deterministic=True)[0]
+            (info,) = env.step(proposed)[3]
+            assert info["qa/ruin"] <= info["qa/risk"]
+            away[candidates] = np.abs(info["qa/executed_action"] - proposed[0]).max()
+        assert 0 < away["policy"] < 0.3 < away["all"]
+
+    def test_without_gradient_steps_which_lead_away_from_them(self, qa):
+        several = gym.vector.SyncVectorEnv([lambda: Toy(self.SPACE)])
+        for form, env in (
+            (VetoAction, Toy(self.SPACE)),
+            (VecVetoAction, toys(action_space=self.SPACE)),
+            (vector.VetoAction, several),
+        ):
+            refined_by = [
+                form(env, "ruin", 0.0, qa=qa, **given).rule.refine
+                for given in ({}, dict(candidates="policy"), dict(candidates="policy", refine=2))
+            ]
+            assert refined_by == [5, 0, 2]
+
+    def test_a_policy_that_takes_one_action_has_none_to_compare(self):
+        model = TD3(qa_policy(TD3), toys(action_space=self.SPACE), policy_kwargs=dict(questions=RUIN, net_arch=[8]))
+        with pytest.raises(QAError, match='takes one action in each state.*candidates="all"'):
+            VetoAction(Toy(self.SPACE), "ruin", 0.5, candidates="policy", qa=QuestionAnswerer.from_model(model))
+
     def test_what_is_not_finite_is_left_alone(self, qa):
         here = qa.read(np.full((2, 4), np.nan, np.float32))
         start = np.float32([[0, 5, 5.5]] * 2)
@@ -264,6 +298,8 @@ class TestBudgetAndCooldown:
             (dict(let_through=1.1), r"let_through=1.1; expected a probability in \[0, 1\]"),
             (dict(let_through=float("nan")), "let_through=nan"),
             (dict(refine=-1), "refine=-1; expected a number of gradient steps"),
+            (dict(candidates="box"), 'candidates=\'box\'; expected "all" or "policy"'),
+            (dict(candidates=["all"]), "candidates="),
             (dict(seed=-1), "seed=-1; expected a whole number, at least 0"),
             (dict(seed=None), "seed=None"),
         ],

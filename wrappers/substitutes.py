@@ -73,23 +73,26 @@ def all_actions(space: spaces.Space[Any]) -> NDArray[Any] | None:
 
 
 def candidates(
-    here: Reading, actions: NDArray[Any], space: spaces.Space[Any], rng: np.random.Generator
+    here: Reading, actions: NDArray[Any], space: spaces.Space[Any], rng: np.random.Generator, *, anywhere: bool = True
 ) -> NDArray[Any]:
     """Of actions that cannot be listed: the proposed one, some of the policy's, and some from the whole space.
 
     :param here: of n states
     :param actions: (n, *action_shape), as proposed
     :param space: is sampled from, so a copy of the agent's
+    :param anywhere: otherwise those from the space are the policy's, too
     :return: (n, m, *action_shape)
     """
     n, shape = len(actions), space.shape or ()
-    own = here.sampled(CANDIDATES, int(rng.integers(2**31)))
+    own = here.sampled(CANDIDATES * (1 if anywhere else 2), int(rng.integers(2**31)))
+    if not anywhere:
+        return np.concatenate([actions[:, None], own.astype(actions.dtype)], axis=1)
     if isinstance(space, spaces.Box):
-        anywhere = rng.uniform(space.low, space.high, (n, CANDIDATES, *shape))
+        others = rng.uniform(space.low, space.high, (n, CANDIDATES, *shape))
     else:
         space.seed(int(rng.integers(2**31)))
-        anywhere = np.stack([[space.sample() for _ in range(CANDIDATES)] for _ in range(n)])
-    return np.concatenate([actions[:, None], own, anywhere.astype(actions.dtype)], axis=1)
+        others = np.stack([[space.sample() for _ in range(CANDIDATES)] for _ in range(n)])
+    return np.concatenate([actions[:, None], own, others.astype(actions.dtype)], axis=1)
 
 
 def refined(here: Reading, question: str, actions: NDArray[Any], space: spaces.Box, steps: int) -> NDArray[Any]:

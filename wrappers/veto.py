@@ -35,13 +35,16 @@ class VetoAction(QAWrapper, RecordConstructorArgs):
         qa: QA = None,
         unbound: str = "error",
         *,
-        refine: int = 5,
+        candidates: str = "all",
+        refine: int | None = None,
         cooldown: int = 0,
         budget: int | None = None,
         let_through: float = 0.0,
         record: Record = None,
     ) -> None:
-        more: dict[str, Any] = dict(refine=refine, cooldown=cooldown, budget=budget, let_through=let_through)
+        more: dict[str, Any] = dict(
+            candidates=candidates, refine=refine, cooldown=cooldown, budget=budget, let_through=let_through
+        )
         rule = VetoRule(
             "VetoAction", question, threshold, on_veto, shadow, penalty, seed, qa, unbound, record=record, **more
         )
@@ -79,13 +82,16 @@ class VecVetoAction(VecQAWrapper):
         threshold, or else the safest; a callable ``(obs, proposed_action) -> action``; or a model (anything with SB3's
         ``predict``), whose action is executed, as in Recovery RL (arXiv 2010.15920), even where it is judged catastrophic
         itself. ``qa/substitute_catastrophe`` tells of a model or a callable that it is. Continuous actions are judged over
-        candidates from the policy and from the action space
+        ``candidates``
     :param shadow: flag and tell, but never interfere
     :param penalty: taken from the reward of a vetoed step
     :param seed: of the candidates, and of what is let through
     :param qa: a QuestionAnswerer, the path of a saved one, or None to be bound later
     :param unbound: what to do at a step without an answerer: "error" or "pass"
-    :param refine: gradient steps that lower the risk of the best candidate, of continuous actions
+    :param candidates: where continuous actions are compared: "all", the policy's and any of the space, or "policy", the policy's alone,
+        of which answers know more
+    :param refine: gradient steps that lower the risk of the best candidate, of continuous actions: by default 5, or 0 with
+        ``candidates="policy"``
     :param cooldown: steps after a veto in which there is no other
     :param budget: most vetoes an episode. What they hold back is still flagged; ``qa/veto_withheld`` tells of it, and
         ``qa/vetoes_left`` of the budget
@@ -108,7 +114,8 @@ class VecVetoAction(VecQAWrapper):
         qa: QA = None,
         unbound: str = "error",
         *,
-        refine: int = 5,
+        candidates: str = "all",
+        refine: int | None = None,
         cooldown: int = 0,
         budget: int | None = None,
         let_through: float = 0.0,
@@ -124,6 +131,7 @@ class VecVetoAction(VecQAWrapper):
             seed,
             qa,
             unbound,
+            candidates=candidates,
             refine=refine,
             cooldown=cooldown,
             budget=budget,

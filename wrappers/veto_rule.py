@@ -19,6 +19,7 @@ from sb3_qa.errors import QAError
 from sb3_qa.named import function_named, is_function_name
 from sb3_qa.questions import YesNo
 from sb3_qa.recorder import FlightRecorder
+from sb3_qa.taps import of_family
 from sb3_qa.wrappers.answer import AnswerRule
 from sb3_qa.wrappers.evidence import Evidence
 from sb3_qa.wrappers.guard import guard_of
@@ -46,6 +47,12 @@ log = logging.getLogger(__name__)
 
 Record = str | PathLike[str] | FlightRecorder | None
 
+ONE_ACTION = {"TD3Policy": True}  # and DDPG's
+"""Families whose policies draw no actions."""
+
+REFINED = {"all": 5, "policy": 0}
+"""Gradient steps on the risk by default, by where candidates are from: such a step leads to where the policy does not go."""
+
 
 class VetoRule(AnswerRule):
     """Judge the proposed action; replace it when it is judged catastrophic, unless only watching.
@@ -58,6 +65,7 @@ class VetoRule(AnswerRule):
     on_veto: OnVeto
     shadow: bool
     penalty: float
+    candidates: str
     refine: int
     restraint: Restraint
     evidence: Evidence | None
@@ -88,7 +96,8 @@ class VetoRule(AnswerRule):
         qa: QA,
         unbound: str,
         *,
-        refine: int = 5,
+        candidates: str = "all",
+        refine: int | None = None,
         cooldown: int = 0,
         budget: int | None = None,
         let_through: float = 0.0,
@@ -114,6 +123,10 @@ class VetoRule(AnswerRule):
             raise QAError(
                 f"{name} got penalty={penalty!r}; expected a number, at least 0; it is taken from the reward of a vetoed step"
             )
+        if not isinstance(candidates, str) or candidates not in REFINED:
+            raise QAError(f'{name} got candidates={candidates!r}; expected "all" or "policy"; give one of them')
+        if refine is None:
+            refine = REFINED[candidates]
         if isinstance(refine, bool) or not isinstance(refine, Integral) or refine < 0:
             raise QAError(f"{name} got refine={refine!r}; expected a number of gradient steps, at least 0; give e.g. 5")
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
@@ -123,6 +136,7 @@ class VetoRule(AnswerRule):
         self.on_veto = on_veto
         self.shadow = bool(shadow)
         self.penalty = float(penalty)
+        self.candidates = candidates
         self.refine = int(refine)
         self._seed = int(seed)
         self.rng = np.random.default_rng(self._seed)
@@ -135,6 +149,7 @@ class VetoRule(AnswerRule):
                 "on_veto": _word(on_veto),
                 "shadow": self.shadow,
                 "seed": self._seed,
+                "candidates": self.candidates,
                 "refine": self.refine,
                 "cooldown": self.restraint.cooldown,
                 "budget": self.restraint.budget,
@@ -209,6 +224,11 @@ class VetoRule(AnswerRule):
         # A copy, as it will be sampled from, and the agent's own random stream is left alone.
         self.space = copy.deepcopy(qa.policy.action_space)
         self._listed = all_actions(self.space)
+        if self.candidates == "policy" and self._listed is None and of_family(ONE_ACTION, type(qa.policy)):
+            raise QAError(
+                f'{self.name} got candidates="policy" and an answerer of {type(qa.policy).__name__}, which takes one action in each state; '
+                'expected a policy that draws its actions, so that there are some to compare; give candidates="all"'
+            )
         if self.evidence is not None:
             self.evidence.bind(qa)
 
@@ -381,7 +401,7 @@ class VetoRule(AnswerRule):
         """Candidates (n, m, *action_shape) where actions cannot be listed, and their risk; of a box, the last is the best one
         refined.
         """
-        options = candidates(self.here, actions, self.space, self.rng)
+        options = candidates(self.here, actions, self.space, self.rng, anywhere=self.candidates == "all")
         risks = self.risk(options)
         if self.refine and isinstance(self.space, spaces.Box):
             best = options[np.arange(len(options)), safest(risks)]
