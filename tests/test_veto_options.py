@@ -209,6 +209,7 @@ class TestRefine:
         qa, away = QuestionAnswerer.from_model(model), {}
         for candidates in ("all", "policy"):
             env = VecVetoAction(toys(1, action_space=self.SPACE), "ruin", 0.0, candidates=candidates, qa=qa)
+            env.seed(0)
             proposed = model.predict(env.reset(), deterministic=True)[0]
             (info,) = env.step(proposed)[3]
             assert info["qa/ruin"] <= info["qa/risk"]
