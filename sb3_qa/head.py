@@ -36,7 +36,7 @@ MOST_LOGITS = 512  # beyond, whoever asks for some questions does not pay for al
 MOST_PANELS = 4096  # questions whose rows are kept, each asked by itself
 SHARED_OUT_FROM = (
     2**20
-)  # multiplications of a product; numpy's BLAS shares out smaller ones too, at less than torch's way costs
+)  # multiplications of a product; smaller ones cost less by numpy even where its BLAS shares them out
 LONGEST_AVERAGE = 500  # updates that answers are averaged over
 
 

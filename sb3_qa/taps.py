@@ -129,7 +129,7 @@ class Taps:
             and all(is_stock(type(policy), name) for name in _PASSES)
         )
         self._sequence = _plain_sequence(policy) if names is None else None
-        self._greedy = self._direct or (self._sequence is not None and _takes_the_best(policy))
+        self._greedy = self._direct or (self._sequence == SEQUENCES["DQNPolicy"] and _takes_the_best(policy))
         """Whether the largest output of the first readout is the action the policy likes best, where actions can be counted."""
         if self._direct and _is_plain_mlp(policy):
             self._dense: tuple[_Dense, ...] | None = (_Dense(), _Dense())
@@ -541,10 +541,8 @@ def _plain_sequence(policy: Any) -> tuple[str, str] | None:
 
 
 def _takes_the_best(policy: Any) -> bool:
-    """Whether a policy takes the action of the largest value, as DQN does, and its one readout gives these values."""
-    network = getattr(policy, "q_net", None)
-    stock = all(is_stock(type(each), "_predict") for each in (policy, network))
-    return of_family({"DQNPolicy": True}, type(policy)) is not None and stock
+    """Whether a policy of DQN's family takes the action of the largest value, as DQN does."""
+    return all(is_stock(type(each), "_predict") for each in (policy, policy.q_net))
 
 
 def _parts(obs: Any) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import nn
 
-from sb3_qa.critics import TARGETS, Critics
+from sb3_qa.critics import CRITICS, TARGETS, Critics
 from sb3_qa.errors import QAError
 from sb3_qa.facts import check_facts
 from sb3_qa.head import MOST_LOGITS, QAHead
@@ -52,14 +52,7 @@ EPS = 1e-8
 FASTEST = 0.01
 """The learning rate that none of a head exceeds, unless the agent's does."""
 
-SWITCHED = {
-    "DQNPolicy": ("q_net",),
-    "QRDQNPolicy": ("quantile_net",),
-    "SACPolicy": ("actor", "critic"),
-    "TD3Policy": ("actor", "critic"),
-    "TQCPolicy": ("actor", "critic"),
-    "CrossQPolicy": ("actor", "critic"),
-}
+SWITCHED = {name: (live,) for name, (live, _) in TARGETS.items()} | dict.fromkeys(CRITICS, ("actor", "critic"))
 """The networks of families with a replay buffer that change between training and evaluation; their targets do not."""
 
 UNSAID: Any = object()
@@ -314,7 +307,8 @@ class QAPolicyMixin:
 @functools.cache
 def _switched(cls: type) -> tuple[str, ...]:
     """Names of the networks whose mode changes with that of a policy of these, where SB3's own method changes it."""
-    return of_family(SWITCHED, cls) or () if is_stock(cls, "set_training_mode") else ()
+    names = of_family(SWITCHED, cls)
+    return names if names is not None and is_stock(cls, "set_training_mode") else ()
 
 
 @functools.cache

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["completed"]
+import torch
+
+__all__ = ["completed", "wanted_seeds"]
+
+
+def wanted_seeds(doc: str, n: int, first: int = 0) -> range:
+    """The seeds that the command line asks for; torch keeps to one thread from now on.
+
+    :param doc: of the bench, whose first line says what it is
+    :param n: how many, unless ``--seeds`` says otherwise
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=n)
+    torch.set_num_threads(1)
+    return range(first, first + parser.parse_args().seeds)
 
 
 def completed(

@@ -14,7 +14,6 @@ One line of JSON for each run; runs that are there already are not repeated.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import completed
+from cells import completed, wanted_seeds
 from stable_baselines3 import DQN, SAC
 
 from sb3_qa.evaluation import AnswerRecord
@@ -70,12 +68,9 @@ def taught(task: str, every: int, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    seeds = wanted_seeds(__doc__, 3)
     kinds = [*itertools.product(TASKS, EVERY), *itertools.product(WALKS, EVERY_REPLAYED)]
-    cells = [(*kind, seed) for seed, kind in itertools.product(range(args.seeds), kinds)]
+    cells = [(*kind, seed) for seed, kind in itertools.product(seeds, kinds)]
     done = completed(RESULTS, ("task", "every", "seed"), cells, taught)
     for figure, tasks, columns in (("skill", TASKS, EVERY), ("error", WALKS, EVERY_REPLAYED)):
         print(f"| {figure} | " + " | ".join(f"`qa_every={every}`" for every in columns) + " |")
@@ -83,9 +78,7 @@ def main() -> None:
         for task in tasks:
             texts = []
             for every in columns:
-                values, seconds = (
-                    [done[task, every, seed][key] for seed in range(args.seeds)] for key in (figure, "cpu_seconds")
-                )
+                values, seconds = ([done[task, every, seed][key] for seed in seeds] for key in (figure, "cpu_seconds"))
                 texts.append(
                     f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}), {np.mean(seconds):.0f} s"
                 )

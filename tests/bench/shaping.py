@@ -9,13 +9,11 @@ over the questions; the return is that of the same episodes. One line of JSON fo
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 
 import numpy as np
-import torch
-from cells import completed
+from cells import completed, wanted_seeds
 from every import run
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -32,11 +30,7 @@ def shaped(task: str, coefficient: float | None, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+    seeds = wanted_seeds(__doc__, 3, FIRST_SEED)
     cells = [(task, c, seed) for seed, task, c in itertools.product(seeds, TASKS, COEFFICIENTS)]
     done = completed(RESULTS, ("task", "coefficient", "seed"), cells, shaped)
     for what in ("skill", "return"):

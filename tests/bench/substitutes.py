@@ -11,7 +11,6 @@ interquartile means over seeds with 95 % bootstrap intervals. One line of JSON f
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from dataclasses import replace
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import completed
+from cells import completed, wanted_seeds
 from certified import averted, cells, lost, told
 
 from sb3_qa.study.arms import train_arm
@@ -61,11 +59,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = range(args.seeds)
+    seeds = wanted_seeds(__doc__, 5)
     done = completed(RESULTS, ("task", "seed"), [(task, seed) for seed in seeds for task in TASKS], run)
     lines = []
     for task, share in itertools.product(TASKS, SHARES):

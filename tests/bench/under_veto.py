@@ -18,7 +18,6 @@ at the threshold it was trained with. One line of JSON for each run; runs that a
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -29,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import completed
+from cells import completed, wanted_seeds
 from certified import averted, cells, lost, told
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -93,19 +91,14 @@ def run(way: str, seed: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    wanted = [(way, seed) for seed, way in itertools.product(range(args.seeds), WAYS)]
+    seeds = wanted_seeds(__doc__, 5)
+    wanted = [(way, seed) for seed, way in itertools.product(seeds, WAYS)]
     done = completed(RESULTS, ("way", "seed"), wanted, run)
     lines = []
     for way in WAYS:
         for kind in ("none", "veto", *(["trained with"] if way in VETOED else [])):
             # Held against the first agent, as one that has learnt to rely on its veto may have more catastrophes without.
-            rows = {
-                seed: {"none": done["first", seed]["none"], "here": done[way, seed][kind]} for seed in range(args.seeds)
-            }
+            rows = {seed: {"none": done["first", seed]["none"], "here": done[way, seed][kind]} for seed in seeds}
             of = [(partial(told, kind="here", what=what), n) for what, n in (("catastrophes", 3), ("return", 1))]
             of += [(partial(averted, kind="here"), 2), (partial(lost, kind="here"), 1)]
             lines.append([f"`{way}`", kind, *cells(rows, [*of, (partial(told, kind="here", what="veto_rate"), 3)])])

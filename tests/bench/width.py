@@ -10,14 +10,12 @@ for each run; runs that are there already are not repeated.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import completed
+from cells import completed, wanted_seeds
 from every import run
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -33,11 +31,7 @@ def narrow(task: str, width: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+    seeds = wanted_seeds(__doc__, 3, FIRST_SEED)
     done = completed(
         RESULTS,
         ("task", "width", "seed"),
