@@ -47,9 +47,12 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 
+# Rows with their targets, the history beside the scripts, and both plots of growth; over an hour.
 bench: $(VENV)/.installed
 	$(BIN)/python tests/bench/overhead.py $(ARGS)
-	$(BIN)/python tests/bench/pieces.py
+	$(BIN)/python tests/bench/overhead.py --threads 2 --only ppo dqn sac td3 $(ARGS)
+	$(BIN)/python tests/bench/pieces.py --plot docs/images/trunk.png
+	$(BIN)/python tests/bench/scale.py --plot docs/images/scale.png
 
 # Leaves .venv, which is slow to make again, and runs/ and outputs/, which are somebody's results.
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from sb3_qa.labels import Cuts, EventTimes, LabelStore, event_times, find_cuts, 
 from sb3_qa.limits import CutAges, cut_anyway
 from sb3_qa.memory import Memory
 from sb3_qa.panel import Panel
-from sb3_qa.questions import Target
+from sb3_qa.questions import Number, Target
 from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.sampling import SHARDS, SampledLabels, drawn
 from sb3_qa.truth import Step
@@ -38,6 +39,10 @@ from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
 __all__ = ["Recorder", "Rollout"]
 
 Floats = NDArray[np.float32]
+log = logging.getLogger(__name__)
+
+MUCH = 0.05
+"""The share of true answers outside of a number's range that is told of; a few are outliers."""
 POLICY_SAMPLES = 8  # actions that stand for the policy at a cut, where they cannot be listed
 
 
@@ -56,6 +61,7 @@ class Recorder:
         self.episodes = EpisodeLog(model.n_envs)
         self.pictures: Pictures | None = None
         self._checked = False
+        self._told_of: set[str] = set()
         env = model.get_env()
         assert env is not None
         self._normalize_inside = _normalize_inside(env)
@@ -185,8 +191,24 @@ class Recorder:
                 times.append(event_times((fact == 1.0) == target.question.truth.event_when, terminated, truncated))
             else:
                 value = self._window(target, fact, state_facts[..., column], terminated, truncated)
+                self._check_range(target, value)
                 times.append(yes_or_no(value)) if target.kind == "yesno" else values.append(value)
         return times, values, find_cuts(terminated, truncated)
+
+    def _check_range(self, target: Target, value: Floats) -> None:
+        """Tell, once, of a number that is often outside its range."""
+        answer, name = target.question.answer, target.question.name
+        if not isinstance(answer, Number) or name in self._told_of:
+            return
+        known = value[~np.isnan(value)]
+        outside = np.count_nonzero((known < answer.low) | (known > answer.high))
+        if outside > MUCH * max(len(known), 20):
+            self._told_of.add(name)
+            log.warning(
+                "question %r: %d of %d true answers are outside of %s, from %.4g to %.4g, and count as its nearer end; give Number() a "
+                "range that holds them",
+                *(name, outside, len(known), answer, known.min(), known.max()),
+            )
 
     def _window(self, target: Target, fact: Floats, now: Floats, terminated: Any, truncated: Any) -> Floats:
         """The truth of a window (n_steps, n_envs), nan where it is not known, or would not have been but for a termination."""

@@ -352,6 +352,13 @@ class QuestionAnswerer:
         """Keys of all instances, e.g. ``["crash[k=1]", "crash[k=5]", "speed"]``."""
         return list(self.catalogue.instances)
 
+    def __repr__(self) -> str:
+        seen = ", of observations normalised by VecNormalize" if self.normalized else ""
+        target = ", by target networks" if self.target else ""
+        first, n = self.questions[:6], len(self.questions)
+        more = f", and {n - len(first)} more" if n > len(first) else ""
+        return f"<{type(self).__name__} of {type(self.policy).__name__}{seen}{target}: {', '.join(first)}{more}>"
+
     @property
     def reads_ahead(self) -> bool:
         """Whether an agent in training acts next on what is read and kept, and goes on from there: see :meth:`ahead_of`."""
@@ -495,10 +502,18 @@ class QuestionAnswerer:
             tensor, batched = self.policy.obs_to_tensor(obs)
             return tensor, batched
         except (ValueError, AssertionError, TypeError, KeyError, AttributeError) as error:
-            got = {key: np.shape(value) for key, value in obs.items()} if isinstance(obs, dict) else np.shape(obs)
+            mend = "pass what the policy's predict() takes"
+            if isinstance(obs, tuple):
+                got, mend = (
+                    "a tuple",
+                    "pass the first of the two where it is what reset() returned: obs, info = env.reset()",
+                )
+            elif isinstance(obs, dict):
+                got = f"observations of shape { ({key: np.shape(value) for key, value in obs.items()}) }"
+            else:
+                got = f"observations of shape {np.shape(obs)}"
             raise QAError(
-                f"the answerer got observations of shape {got}; expected {self.policy.observation_space} as the policy sees it, "
-                "one or a batch; pass what the policy's predict() takes"
+                f"the answerer got {got}; expected {self.policy.observation_space} as the policy sees it, one or a batch; {mend}"
             ) from error
 
     @property

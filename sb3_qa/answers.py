@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -47,6 +47,14 @@ class Answer(NDArrayOperatorsMixin):
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return func(*_plain(args), **_plain(kwargs))
+
+    if not TYPE_CHECKING:  # a type checker knows better than that any name will do
+
+        def __getattr__(self, name: str) -> Any:
+            own = [each for each in (*vars(self), *dir(type(self))) if not each.startswith("_")]
+            raise AttributeError(
+                f"a {type(self).__name__} has no {name!r}; it has {', '.join(sorted(own))}", name=name, obj=self
+            )
 
     def __bool__(self) -> bool:
         raise QAError(f"got {self!r} as a condition; expected a comparison; write e.g. answer.probability > 0.5")

@@ -297,6 +297,8 @@ class FactReader:
             if not signal.seen:
                 keys = [key for key in info if not key.startswith("qa/")]
                 got = f"info had {nearest(str(signal.key or ''), keys)}" if keys else "info was empty"
+                if signal.key in keys:
+                    got = "it was None whenever it was there"
                 what = (
                     f"{signal.table}"
                     if signal.table

@@ -10,8 +10,9 @@ from gymnasium.vector import SyncVectorEnv
 from stable_baselines3 import PPO
 from wrapping import QUESTIONS, Toy, make_qa, toys
 
-from sb3_qa import QAError, QuestionAnswerer, wrappers
+from sb3_qa import Number, QAError, Question, QuestionAnswerer, wrappers
 from sb3_qa.callbacks import QACallback
+from sb3_qa.truth import now
 from sb3_qa.wrappers import vector
 
 OTHER = spaces.Box(-10, 10, (5,), np.float32)
@@ -99,3 +100,55 @@ def test_a_specification_that_cannot_be_serialised(saved, name):
     live = QuestionAnswerer.load(saved)
     refused(lambda: specify(**given, qa=live), r"wrapper_spec got qa=QuestionAnswerer; expected a path")
     refused(lambda: specify(**given, unbound=QUESTIONS[0]), r"which cannot be written as JSON .*; expected")
+
+
+@every_form
+@every_wrapper
+def test_a_step_before_any_reset(saved, name, form):
+    env = form(name, saved, WRAPPERS[name])
+    refused(
+        lambda: env.step(0 if form is single else np.array([0])), f"{name} got a step before any reset; .*call reset"
+    )
+
+
+@every_form
+def test_the_text_of_a_question_in_place_of_its_key(saved, form):
+    text = QuestionAnswerer.load(saved).catalogue.find("crash[k=3]").text
+    given = {"question": text, "threshold": 0.5}
+    refused(lambda: form("VetoAction", saved, given), r"got the text .*write 'crash\[k=3\]'")
+
+
+def test_what_reset_returns_in_place_of_observations(saved):
+    refused(
+        lambda: QuestionAnswerer.load(saved).ask("crash[k=3]", Toy().reset()), "got a tuple; .*obs, info = env.reset"
+    )
+
+
+def test_an_option_of_the_policy_that_there_is_not():
+    wrong = dict(questions=QUESTIONS, qa_coeff=0.5)
+    refused(
+        lambda: PPO("QAMlpPolicy", toys(1), policy_kwargs=wrong), "got qa_coeff, which no policy takes; .*'qa_coef'"
+    )
+
+
+def test_an_answer_says_what_it_has(saved):
+    answer = QuestionAnswerer.load(saved).ask("crash[k=3]", np.zeros((1, 4), np.float32))
+    with pytest.raises(AttributeError, match="a YesNoAnswer has no 'best'; it has .*probability"):
+        answer.best  # noqa: B018
+    assert not hasattr(answer, "mean")
+
+
+def test_an_answerer_says_whose_it_is_and_what_it_answers(saved):
+    qa = QuestionAnswerer.load(saved)
+    assert repr(qa) == f"<QuestionAnswerer of {type(qa.policy).__name__}: {', '.join(qa.questions)}>"
+    normalized = QuestionAnswerer(qa.policy, normalized=True)
+    assert "of observations normalised by VecNormalize" in repr(normalized)
+
+
+def test_a_number_that_is_mostly_outside_of_its_range(caplog):
+    height = Question("How high am I?", now(lambda step: float(step.obs[0])), Number(5.0, 6.0), name="height")
+    wide = Question("How high am I, roughly?", now(lambda step: float(step.obs[0])), Number(-9.0, 9.0), name="wide")
+    model = PPO("QAMlpPolicy", toys(2), n_steps=16, batch_size=32, policy_kwargs=dict(questions=[height, wide]))
+    model.learn(96, callback=QACallback())
+    told = [record.getMessage() for record in caplog.records if "outside" in record.getMessage()]
+    assert len(told) == 1 and "'height': 32 of 32 true answers are outside of Number(low=5.0, high=6.0)" in told[0]

@@ -304,5 +304,5 @@ class TestNeverSeen:
     def test_none_does_not_count(self):
         reader = reader_of(ask("fact"))
         reader.read([{"fact": None}])
-        with pytest.raises(QAError, match="never appeared"):
+        with pytest.raises(QAError, match="never appeared; it was None whenever it was there; expected"):
             reader.check_seen({"fact": None})

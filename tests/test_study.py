@@ -26,11 +26,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qa import Certificate, QAError, Question, certify
 from sb3_qa.__main__ import main
+from sb3_qa.base_rates import BaseRates
 from sb3_qa.evaluation import Episodes, Trace
 from sb3_qa.scores import Interval
 from sb3_qa.study import measure
 from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_mean, verdict
 from sb3_qa.study.arms import ARMS, LimitedLabels, Trained, train_arm
+from sb3_qa.study.measure import flagging_threshold
 from sb3_qa.study.report import write_report
 from sb3_qa.study.run import Cell, finished, grid, run_cell, run_grid
 from sb3_qa.study.task import Task, load_task, task_names
@@ -137,6 +139,25 @@ def test_a_share_of_the_labels_weighs_as_much_as_all(task: Task) -> None:
     weight = np.concatenate(seen)
     assert set(np.unique(weight)) == {0.0, 4.0}
     assert weight.mean() == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_head_begins_with_the_base_rates_of_the_labels_it_has(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    add = BaseRates.add
+    monkeypatch.setattr(BaseRates, "add", lambda self, *truths: add(self, *truths) or counted.append(self.n_rows))
+    train_arm(task, "joint", 0, labels=0.25)
+    first = task.hyperparameters["n_steps"] * task.n_envs
+    assert 0.1 * first < counted[0] < 0.4 * first
+
+
+def test_no_more_steps_are_flagged_than_wanted() -> None:
+    rng = np.random.default_rng(0)
+    for risks in map(np.float32, (rng.random(500), rng.integers(0, 9, 500) / 10, np.full(50, 0.3))):
+        for rate in (0.0, 0.02, 0.1, 0.5, 1.0):
+            threshold = flagging_threshold(risks, rate)
+            assert (risks >= threshold).mean() <= rate
+            lower = risks[risks < threshold]
+            assert not len(lower) or (risks >= lower.max()).mean() > rate
 
 
 def test_a_penalty_is_taken_where_the_catastrophe_happens(task: Task) -> None:
@@ -396,6 +417,53 @@ def test_a_report_of_many_tasks_has_a_panel_and_a_row_for_each(tmp_path: Path) -
     assert "Not reached" not in report.split("## The premises")[0]
     (width,) = struct.unpack(">I", (tmp_path / "vetoes.png").read_bytes()[16:20])
     assert width < 1_300  # pixels, which a page has room for
+
+
+def made_up(arm: str, seed: int, **told: Any) -> dict[str, Any]:
+    play = {"return": 1.0, "length": 9.0, "catastrophes": told.pop("before", 0.5), "veto_rate": 0.1, "disrupted": 0.2}
+    veto = {"at": "0.05", "threshold": 0.5, "veto": play | {"catastrophes": told.pop("after", 0.25)}, "random": play}
+    return {
+        **{
+            "task": "cliff",
+            "arm": arm,
+            "seed": seed,
+            "labels": 1.0,
+            "quick": True,
+            "timesteps": 9,
+            "train_seconds": 1.0,
+        },
+        **{"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play},
+        **({} if arm == "plain" else {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [veto]}),
+        **told,
+    }
+
+
+def ruling(report: str, premise: str) -> str:
+    (row,) = [line for line in report.splitlines() if premise in line and line.startswith("| ")]
+    return row.split(" | ")[-1].rstrip(" |")
+
+
+def test_a_veto_is_judged_by_shares_of_catastrophes_and_of_all_episodes(tmp_path: Path) -> None:
+    few, many = dict(before=0.02, after=0.0), dict(before=0.5, after=0.25)  # all of few, and half of many
+    premise = "`joint` averts more than `separate`, 5% flagged"
+    results = [
+        made_up(arm, seed, **(few if arm == "joint" else many)) for arm in ("joint", "separate") for seed in (0, 1)
+    ]
+    assert ruling(write_report(results, tmp_path).read_text(), premise) == "open"
+    results = [
+        made_up(arm, seed, before=0.5, after=0.1 if arm == "joint" else 0.25)
+        for arm in ("joint", "separate")
+        for seed in (0, 1)
+    ]
+    assert ruling(write_report(results, tmp_path).read_text(), premise) == "supported"
+
+
+def test_an_answerer_that_overstates_has_not_stayed_calibrated(tmp_path: Path) -> None:
+    told = dict(frequency=0.0005, own_said=0.75, said=0.001, skill=0.1, own_skill=-9.0)
+    results = [made_up("shaped", seed, judge={"fall[k=3]": told}) for seed in (0, 1)] + [made_up("joint", 0)]
+    report = write_report(results, tmp_path).read_text()
+    assert ruling(report, "own answers as near to what happens") == "contradicted"
+    assert ruling(report, "own answers say no less") == "supported"
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------------

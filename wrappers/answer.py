@@ -53,6 +53,11 @@ class AnswerRule(Rule):
         known = {*qa.catalogue.instances, *qa.catalogue.held_out}
         unknown = [key for key in self.questions or [] if key not in known]
         if unknown:
+            meant = next((key for key, each in qa.catalogue.instances.items() if each.text == unknown[0]), None)
+            if meant is not None:
+                raise QAError(
+                    f"{self.name} got the text {unknown[0]!r}; expected the key of an instance; write {meant!r}"
+                )
             raise QAError(
                 f"{self.name} got an answerer that was not taught {', '.join(map(repr, unknown))}; there is no question {unknown[0]!r}; "
                 f"expected one of {nearest(unknown[0], qa.questions)}; ask one of its questions, or give the answerer that learnt these"

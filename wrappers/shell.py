@@ -179,6 +179,10 @@ class Rule:
             )
         if self.qa is None:
             return False
+        if self.obs is None:
+            raise QAError(
+                f"{self.name} got a step before any reset; expected to know what the agent sees; call reset() first"
+            )
         self.qa.refresh()  # all of a step is answered by the same weights
         return True
 

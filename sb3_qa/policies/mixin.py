@@ -118,6 +118,11 @@ class QAPolicyMixin:
         qa_readouts: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if name.startswith("qa_"):
+                raise QAError(
+                    f"{type(self).__name__} got {name}, which no policy takes; expected one of {nearest(name, DEFAULTS)}; rename it"
+                )
         questions, action_names = self._given("questions", questions), self._given("action_names", action_names)
         qa_coef, qa_trunk_gradient = (
             self._given("qa_coef", qa_coef),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -23,6 +25,7 @@ from torch import nn
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.callbacks import QACallback
 from sb3_qa.errors import QAError
+from sb3_qa.labels import EventTimes
 from sb3_qa.policies import qa_policy, stock_policies
 from sb3_qa.questions import Catalogue
 from sb3_qa.study.afterwards import adopt, anchor, freeze, muted_policy
@@ -130,9 +133,9 @@ class Punished(VecEnvWrapper):
 class _Limited:
     """Labels of which only some are known: those of a share of the transitions, drawn at random."""
 
-    def __init__(self, store: Any, share: float, rng: np.random.Generator) -> None:
+    def __init__(self, store: Any, known: NDArray[np.bool_], share: float) -> None:
         self._store = store
-        self._weight = ((rng.random(len(store)) < share) / share).astype(np.float32)
+        self._weight = (known / share).astype(np.float32)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -153,10 +156,25 @@ class LimitedLabels(QACallback):
         self.share = share
         self.rng = np.random.default_rng([seed, 1])
 
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        recorder: Any = self._recorder
+        begin_with = recorder._begin_with
+
+        def begin_with_some(times: Sequence[EventTimes], values: Sequence[NDArray[np.float32]]) -> None:
+            """The head begins with the base rates of the same labels."""
+            n = len(times[0].known) if len(times) else len(values[0])
+            known = self._known = self.rng.random(n) < self.share
+            begin_with(
+                [EventTimes(each.known[known], each.event[known]) for each in times], [value[known] for value in values]
+            )
+
+        recorder._begin_with = begin_with_some
+
     def _on_rollout_end(self) -> None:
         super()._on_rollout_end()
         joint = self._policy.qa_joint
-        joint.store = _Limited(joint.store, self.share, self.rng)  # type: ignore[assignment]
+        joint.store = _Limited(joint.store, self._known, self.share)  # type: ignore[assignment]
 
 
 def train_arm(

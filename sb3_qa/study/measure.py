@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -29,6 +30,7 @@ __all__ = [
     "TEST_SEED",
     "answers",
     "certified_threshold",
+    "flagging_threshold",
     "oracle_veto",
     "play",
     "reward_of_answers",
@@ -116,6 +118,18 @@ def certified_threshold(episodes: Episodes, miss_rate: float = MISS_RATE, window
     return float(GRID[index]) if index >= 0 else None
 
 
+def flagging_threshold(risks: NDArray[np.float32], rate: float) -> float:
+    """The lowest threshold that flags at most a share of the steps, whose risks (n,) may be equal in many of them.
+
+    >>> flagging_threshold(np.float32([0.1, 0.2, 0.2, 0.5]), 0.5)
+    0.5
+    """
+    ordered = np.sort(risks)
+    values, first = np.unique(ordered, return_index=True)
+    fits = values[len(ordered) - first <= rate * len(ordered) + 1e-9]
+    return float(fits[0] if len(fits) else np.nextafter(values[-1], np.inf, dtype=risks.dtype))
+
+
 def vetoes(task: Task, model: BaseAlgorithm, qa: QuestionAnswerer, calm: Episodes) -> list[dict[str, Any]]:
     """Episodes under a veto by an arm's answers, and under as many vetoes at random.
 
@@ -123,7 +137,7 @@ def vetoes(task: Task, model: BaseAlgorithm, qa: QuestionAnswerer, calm: Episode
     :return: a row for each of :data:`RATES` and for the certified threshold
     """
     risks = np.concatenate([trace.risk for trace in calm.traces])
-    wanted: list[tuple[str, float | None]] = [(f"{rate:g}", float(np.quantile(risks, 1.0 - rate))) for rate in RATES]
+    wanted: list[tuple[str, float | None]] = [(f"{rate:g}", flagging_threshold(risks, rate)) for rate in RATES]
     wanted.append(("certified", certified_threshold(calm)))
     rows = []
     for name, threshold in wanted:
@@ -131,6 +145,7 @@ def vetoes(task: Task, model: BaseAlgorithm, qa: QuestionAnswerer, calm: Episode
         if threshold is not None:
             ask: dict[str, Any] = dict(question=task.risk, qa=qa)
             limit = min(max(threshold, 1e-6), 1.0)
+            row["flagged"] = float((risks >= limit).mean())
             vetoed = play(task, model, TEST_SEED, partial(VecVetoAction, threshold=limit, **ask))
             row["veto"] = summary(vetoed)
             chance = partial(VecRandomVeto, rate=row["veto"]["veto_rate"], seed=0, **ask)

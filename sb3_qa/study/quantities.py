@@ -18,6 +18,7 @@ __all__ = [
     "LABELS",
     "Quantity",
     "gap",
+    "miscalibrated",
     "of_oracle",
     "of_task",
     "of_veto",
@@ -34,14 +35,20 @@ ANSWERING = ("joint", "detached", "separate", "probe", "finetune", "anchored")
 LABELS = (1.0, 0.1, 0.01)
 AT = ("0.02", "0.05", "0.1", "certified")
 """What vetoes are compared at: shares of steps flagged, and the certified threshold."""
+KINDS = {"all": "skill", "but numbers": "brier", "yes/no": "brier_skill"}
+"""Kinds of questions, by the score that those have and others have not."""
 Quantity = Callable[[Result], "float | None"]
 
 
-def skill(result: Result, where: str = "answers") -> float | None:
-    """Mean skill over the questions of a task; where the agent is the plain one, its episodes are the own ones."""
+def skill(result: Result, where: str = "answers", kinds: str = "all") -> float | None:
+    """Mean skill over the questions of a task; where the agent is the plain one, its episodes are the own ones.
+
+    :param kinds: a key of :data:`KINDS`
+    """
     if where == "answers_common" and not ARMS[result["arm"]].shapes_agent:
         where = "answers"
-    scores = [each["skill"] for each in result.get(where, {}).values() if each["skill"] is not None]
+    told = [each for each in result.get(where, {}).values() if KINDS[kinds] in each]
+    scores = [each["skill"] for each in told if each["skill"] is not None]
     return float(np.mean(scores)) if scores else None
 
 
@@ -58,12 +65,16 @@ def gap(result: Result) -> float | None:
 
 
 def of_veto(result: Result, at: str, kind: str, name: str) -> float | None:
-    """What a veto changed: ``averted``, the share of the catastrophic episodes it took away; ``lost``, of the return."""
+    """What a veto changed: ``averted``, the share of the catastrophic episodes it took away; ``spared``, the same as a share of
+    all episodes; ``lost``, of the return.
+    """
     for row in result.get("vetoes", []):
         if row["at"] == at and kind in row:
             before, after = result["play"], row[kind]
             if name == "averted":
                 return 1.0 - after["catastrophes"] / before["catastrophes"] if before["catastrophes"] else None
+            if name == "spared":
+                return float(before["catastrophes"] - after["catastrophes"])
             if name == "lost":
                 return float(before["return"] - after["return"])
             value: float | None = after[name]
@@ -89,6 +100,12 @@ def understated(result: Result, whose: str) -> float | None:
     """How much less than what happens is said of the catastrophe: by the ``own`` answerer, or by the ``judge``."""
     each = list(result.get("judge", {}).values())
     return each[0]["frequency"] - each[0]["own_said" if whose == "own" else "said"] if each else None
+
+
+def miscalibrated(result: Result, whose: str) -> float | None:
+    """How far what is said of the catastrophe is from what happens, on average."""
+    by = understated(result, whose)
+    return None if by is None else abs(by)
 
 
 def tasks_in(results: Sequence[Result]) -> list[str]:

@@ -15,6 +15,7 @@ from sb3_qa.study.quantities import (
     AT,
     LABELS,
     gap,
+    miscalibrated,
     of_veto,
     played,
     rewarded,
@@ -76,35 +77,56 @@ def _premises(results: Sequence[Result]) -> str:
         rows.append([premise, what, *_judged(table, margin, sign)])
 
     claim("M2", "gap of `joint` below 0.05", _negated(of("joint", gap)), margin=0.05, sign=-1)
+    rows[-1][-1] = rows[-1][-1].replace("supported", "open")  # as the gap may be larger
     claim("M2", "and below that of `detached`", difference(of("detached", gap), of("joint", gap)))
+    yes_no, told_well = partial(skill, kinds="yes/no"), partial(skill, kinds="but numbers")
+    later = difference(of("probe", yes_no), of("detached", yes_no))
+    rows.append(["M2", "gap of `detached`, by the head of `probe`", _judged(later)[0], "–"])
     for other in AFTERWARDS:
         own = _judged(difference(of("joint", skill), of(other, skill)))
         fair = _judged(difference(of("joint", common), of(other, common)))
-        told = f"{own[0]}; on the plain agent's episodes {fair[0]}"
+        but = _judged(difference(of("joint", told_well), of(other, told_well)))
+        told = f"{own[0]}; on the plain agent's episodes {fair[0]}; without numbers {but[0]}"
         rows.append(["M3", f"answers of `joint` better than `{other}`", told, own[1] if own[1] == fair[1] else "open"])
     few, many = (difference(of("joint", skill, share), of("separate", skill, share)) for share in (0.01, 1.0))
     claim("M3'", "advantage over `separate` larger at 1 % of labels", difference(few, many))
-    for other in ("probe", "separate"):
+    for other in ("probe", "separate", "detached"):
         better = _scaled(results, difference(of("joint", rewarded), of(other, rewarded)))
         claim("M4", f"reward of `joint`'s answers teaches better than `{other}`'s", better)
     for at in AT:
-        averted, chance = (partial(of_veto, at=at, kind=kind, name="averted") for kind in ("veto", "random"))
-        where = "certified threshold" if at == "certified" else f"{float(at):.0%} flagged"
-        joint = of("joint", averted)
-        claim("M5", f"`joint` averts more than a random veto, {where}", difference(joint, of("joint", chance)))
-        for other in ("probe", "separate"):
-            claim("M5", f"`joint` averts more than `{other}`, {where}", difference(joint, of(other, averted)))
+        for other in ("random", "probe", "separate"):
+            arm, kind = ("joint", "random") if other == "random" else (other, "veto")
+            changes = [
+                difference(
+                    of("joint", partial(of_veto, at=at, kind="veto", name=name)),
+                    of(arm, partial(of_veto, at=at, kind=kind, name=name)),
+                )
+                for name in ("averted", "spared", "lost")
+            ]
+            averted, spared = _judged(changes[0]), _judged(changes[1])
+            dearer = _judged(_scaled(results, changes[2]))
+            ruling = averted[1] if averted[1] == spared[1] and dearer[1] != averted[1] else "open"
+            whose = "a random veto" if other == "random" else f"`{other}`"
+            where = "certified threshold" if at == "certified" else f"{float(at):.0%} flagged"
+            told = f"{averted[0]}; of all episodes {spared[0]}; return lost more {dearer[0]}"
+            rows.append(["M5", f"`joint` averts more than {whose}, {where}", told, ruling])
     kept = _scaled(results, difference(of("joint", returns), of("plain", returns)))
     claim("M6", "return of `joint` within 5 % of `plain`'s", kept, margin=0.05)
     tuned = _scaled(results, difference(of("joint", returns), of("finetune", returns)))
     claim("M6'", "`finetune` loses more return than `joint`", tuned)
-    share = of("joint", lambda r: -r["parameters"]["questions"] / r["parameters"]["agent"])
-    claim("M7", "parameters added at most 10 %", share, margin=0.1, sign=-1)
-    judge, own_word = (of("shaped", partial(understated, whose=whose)) for whose in ("judge", "own"))
-    claim("F", "`shaped`: own answers no lower than an independent judge's", difference(judge, own_word), margin=0.01)
+    share = of("joint", lambda r: -100.0 * r["parameters"]["questions"] / r["parameters"]["agent"])
+    claim("M7", "parameters added, in percent, at most 10", share, margin=10.0, sign=-1)
+    off = [of("shaped", partial(miscalibrated, whose=whose)) for whose in ("judge", "own")]
+    claim("F", "`shaped`: own answers as near to what happens as an independent judge's", difference(*off))
+    below = [of("shaped", partial(understated, whose=whose)) for whose in ("judge", "own")]
+    claim("F", "`shaped`: own answers say no less than the judge", difference(*below))
     return (
         "## The premises\n\n*Supported*: all of the interval is on the premise's side of the bar that the plan names; *contradicted*: all "
-        "of it is on the other; *open*: neither.\n\n" + table(["", "premise", "measured", "verdict"], rows)
+        "of it is on the other; *open*: neither. Where a premise is judged by two quantities, it is open unless they agree: M3 by episodes "
+        "of the agent and of `plain`; M5 by the share of the catastrophic episodes that is averted and by the same as a share of all "
+        "episodes, where few catastrophes count less, and it is open too where more is averted for more return. M2's gap is at least what "
+        "is told: probes are fitted to fewer decisions than heads.\n\n"
+        + table(["", "premise", "measured", "verdict"], rows)
     )
 
 

@@ -79,9 +79,10 @@ def _knowledge(results: Sequence[Result]) -> str:
     rows = [[task, *_cells(results, task, arms, gap, 3)] for task in tasks_in(results)]
     return (
         "## What the agent knows and the answers do not tell (M2)\n\nSkill of the best probe that is fitted afterwards to the agent's "
-        "latents (logistic regression or gradient-boosted trees, ample labels of other episodes) minus the skill of the answers, mean "
-        "over yes/no questions. Below 0 the answers know more than such a probe finds.\n\n"
-        + table(["task", *_arms(arms)], rows)
+        "latents (logistic regression or gradient-boosted trees, fitted to the decisions of other episodes) minus the skill of the "
+        "answers, mean over yes/no questions. Below 0 the answers know more than such a probe finds. Some thousand decisions are "
+        "fewer than a head learns from, so the gap is at least this; for `detached`, whose agent `probe` has too, the head of `probe` "
+        "tells more.\n\n" + table(["task", *_arms(arms)], rows)
     )
 
 
@@ -132,10 +133,11 @@ def _vetoes(results: Sequence[Result]) -> str:
     ]
     head = ["task", "at", "arm", "averted", "return lost", "averted at random", "return lost at random"]
     return (
-        "## What a veto averts, and costs (M5)\n\n*At* is the share of steps that is flagged without a veto, or the certified threshold "
-        "(at most 20 % of catastrophic episodes without a flag, at confidence 0.95; tasks whose agents have too few catastrophes for that "
-        "are missing). *Averted*: the share of catastrophic episodes that is gone; below 0 there are more. *Disrupted*: the share of "
-        "episodes without a catastrophe in which there was a veto. At random: as many vetoes of actions nobody judged.\n\n"
+        "## What a veto averts, and costs (M5)\n\n*At* is the largest share of steps that is flagged without a veto, or the certified "
+        "threshold (at most 20 % of catastrophic episodes without a flag, at confidence 0.95; tasks whose agents have too few "
+        "catastrophes for that are missing). *Averted*: the share of catastrophic episodes that is gone; below 0 there are more, and many "
+        "times as many where there were few. *Disrupted*: the share of episodes without a catastrophe in which there was a veto. At "
+        "random: as many vetoes of actions nobody judged.\n\n"
         "![vetoes](vetoes.png)\n\nAverted:\n\n"
         + table(["task", "at", *_arms(ANSWERING), "at random, as many as `joint`"], rows, names=2)
         + "\n\n"
@@ -163,9 +165,10 @@ def _controls(results: Sequence[Result]) -> str:
     head = ["task", "veto by", "return", "catastrophes", "averted", "return lost", "vetoes / step", "disrupted"]
     return (
         "## The certified veto and its controls\n\n`separate` is a safety critic of its own, as in Recovery RL; the oracle plays on in "
-        "clones of the simulator, where that is possible, in the task's Python environment and in fewer episodes; it knows the "
-        "environment's noise to come, and no answerer can do better. Return and catastrophes are read together: where an agent avoids the "
-        "catastrophe by doing nothing (the cliff), few catastrophes say nothing.\n\n" + table(head, rows, names=2)
+        "clones of the simulator, where that is possible, in the task's Python environment and in fewer episodes. It knows the "
+        "environment's noise to come, but looks at two rollouts an action, and vetoes at one threshold. Return and catastrophes are read "
+        "together: where an agent avoids the catastrophe by doing nothing (the cliff), few catastrophes say nothing.\n\n"
+        + table(head, rows, names=2)
     )
 
 
@@ -191,7 +194,8 @@ def _fooling(results: Sequence[Result]) -> str:
     ]
     return (
         "## Does the agent fool its own answerer?\n\nFrequency of the catastrophe that the veto asks about, minus what is said of it on "
-        "average: above 0 it is understated. The judge is fitted to observations of other episodes, and the agent never sees it.\n\n"
+        "average: above 0 it is understated. The judge is fitted to observations of other episodes, and the agent never sees it. Runs in "
+        "which the catastrophe has become too rare to fit a judge to are not among them.\n\n"
         + table(["task", "arm", "own answers", "judge"], rows, names=2)
     )
 

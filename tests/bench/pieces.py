@@ -1,6 +1,6 @@
-"""What single pieces cost: a veto in a rollout, a call of a frozen answerer, parameters, labels, and growth with the trunk.
+"""What single pieces cost: a veto in a rollout, a call of a frozen answerer, parameters, labels, and growth with the agent.
 
-    python tests/bench/pieces.py --plot examples/figures/trunk.png
+    python tests/bench/pieces.py --plot docs/images/trunk.png
 
 CPU time of the process on one torch thread; what is compared runs in turns. Rows are printed with their targets, and appended
 to the history beside this file.
@@ -37,6 +37,8 @@ from sb3_qa.wrappers import VecVetoAction
 
 WIDTHS = {64: 32, 256: 16, 1024: 4, 4096: 1}
 """Of two layers, and how many rollouts are timed: what happens once, when learning begins, is not to count."""
+
+IMAGES = {"NatureCNN": "ppo_cnn", "IMPALA's ResNet": "ppo_resnet"}
 
 
 class Row(NamedTuple):
@@ -162,42 +164,54 @@ def _arrays(kept: Any) -> Iterator[Any]:
         yield from _arrays(vars(kept))
 
 
-def growth_with_the_trunk(pairs: int) -> list[dict[str, float]]:
-    """Joint / plain training, and the parameters added, of ever wider networks of two layers."""
-    case = CASES["ppo"]._replace(kwargs=dict(n_steps=32))
+def growth_with_the_agent(pairs: int) -> list[dict[str, Any]]:
+    """Joint / plain training, and the parameters added, of ever wider networks of two layers, and of networks for images."""
+    narrow = CASES["ppo"]._replace(kwargs=dict(n_steps=32))
+    cases = {
+        str(width): narrow._replace(policy_kwargs=dict(net_arch=[width, width]), steps=8 * 32 * rollouts)
+        for width, rollouts in WIDTHS.items()
+    } | {name: CASES[of] for name, of in IMAGES.items()}
     grown = []
-    for width, rollouts in WIDTHS.items():
-        wide = case._replace(policy_kwargs=dict(net_arch=[width, width]))
-        arms = [partial(arm, wide, 8 * 32 * rollouts, time.process_time) for arm in (joint, plain)]
+    for name, case in cases.items():
+        arms = [partial(arm, case, case.steps, time.process_time) for arm in (joint, plain)]
         ratios = [arms[0]() / arms[1]() for _ in range(1 + pairs)][1:]  # the first is a warm-up
-        own, added = sizes(agent(**wide.policy_kwargs))
-        grown.append(dict(width=width, ratio=statistics.median(ratios), own=own, added=added))
+        own, added = sizes(agent(case.policy, **case.policy_kwargs))
+        grown.append(dict(trunk=name, ratio=round(statistics.median(ratios), 4), own=own, added=added))
         print(
-            f"trunk of {width} units: joint / plain {grown[-1]['ratio']:.3f}, {100 * added / own:.1f} % of parameters added",
+            f"trunk {name}: joint / plain {grown[-1]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}), {100 * added / own:.1f} % of "
+            "parameters added",
             flush=True,
         )
     return grown
 
 
-def plot(grown: list[dict[str, float]], path: Path) -> None:
-    """What questions add, against the width of the trunk."""
+def plot(grown: list[dict[str, Any]], path: Path) -> None:
+    """What questions add, against the size of the agent."""
     figure, panels = new_figure(1, 2, size=(9, 3.6))
-    widths = [row["width"] for row in grown]
-    panels[0].plot(widths, [row["ratio"] for row in grown], "o-")
+    for marker, names in (("o-", [str(width) for width in WIDTHS]), ("s", list(IMAGES))):
+        rows = [row for row in grown if row["trunk"] in names]
+        own = [row["own"] for row in rows]
+        panels[0].plot(own, [row["ratio"] for row in rows], marker)
+        panels[1].plot(own, [100 * row["added"] / row["own"] for row in rows], marker)
+    for row in grown:
+        label = f"2 x {row['trunk']}" if row["trunk"].isdigit() else row["trunk"]
+        panels[0].annotate(
+            label, (row["own"], row["ratio"]), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+        )
     panels[0].axhline(1.0, color="grey", lw=0.8)
     panels[0].set(xscale="log", ylabel="CPU time of training, joint / plain")
-    panels[1].plot(widths, [100 * row["added"] / row["own"] for row in grown], "o-")
+    panels[0].margins(x=0.15, y=0.15)
     panels[1].set(xscale="log", yscale="log", ylabel="parameters added, % of the agent's")
     for axis in panels:
-        axis.set(xlabel="units of each of two layers")
+        axis.set(xlabel="parameters of the agent")
     figure.savefig(path)
 
 
 def main() -> None:
     """Measure, print, and append to the history."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3, help="of plain and joint training, for each width")
-    parser.add_argument("--plot", type=Path, help="draw the growth with the trunk")
+    parser.add_argument("--pairs", type=int, default=3, help="of plain and joint training, for each network")
+    parser.add_argument("--plot", type=Path, help="draw the growth with the agent")
     parser.add_argument("--no-history", action="store_true", help="do not append to history.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -207,8 +221,8 @@ def main() -> None:
             bound, verdict = "least" if row.at_least else "most", "met" if row.met else "missed"
             print(f"{row.what}: {row.figure:.3g}; target at {bound} {row.target:g}: {verdict}", flush=True)
             history.append(dict(bench=row.name, figure=round(row.figure, 4), target=row.target, met=row.met))
-    grown = growth_with_the_trunk(args.pairs)
-    history.append(dict(bench="trunk", grown=[{key: round(value, 4) for key, value in row.items()} for row in grown]))
+    grown = growth_with_the_agent(args.pairs)
+    history.append(dict(bench="trunk", grown=grown))
     if args.plot:
         plot(grown, args.plot)
     if not args.no_history:

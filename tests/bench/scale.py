@@ -5,7 +5,7 @@ distance of a place within 10 steps (events), and whether it will be to the righ
 the environment tells their facts as arrays. CPU time of the process; numbers of instances alternate, so that drifts of the
 machine's speed hit all of them; a figure is the median over rounds of the ratio to 8 instances in the same round.
 
-    python tests/bench/scale.py --plot examples/figures/scale.png
+    python tests/bench/scale.py --plot docs/images/scale.png
 """
 
 from __future__ import annotations
