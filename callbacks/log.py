@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.func import functional_call
 
 from sb3_qa import scores
 from sb3_qa.answerer import Reading
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
 from sb3_qa.callbacks.pictures import Pictures
-from sb3_qa.head import decode
+from sb3_qa.head import QAHead, decode
+from sb3_qa.joint import question_losses
 from sb3_qa.labels import Cuts, LabelStore
 from sb3_qa.panel import Panel
 from sb3_qa.questions import Catalogue, Instance
 
-__all__ = ["EpisodeLog", "room_until", "score_questions", "truths"]
+__all__ = ["EpisodeLog", "compare_averages", "room_until", "score_questions", "truths"]
 
 MOST_INSTANCES = 48  # that answers are scored of, where there are many
 MOST_SCORED = 2048  # transitions of a rollout that answers are scored on
@@ -120,6 +123,28 @@ def score_questions(
             finite = [value for value in values if np.isfinite(value)]
             if finite:
                 logger.record(f"qa/{question.name}/{name}", float(np.mean(finite)))
+
+
+@torch.no_grad()
+def compare_averages(
+    head: QAHead, store: LabelStore, rows: NDArray[np.intp], reading: Reading, actions: NDArray[Any]
+) -> None:
+    """Let those weights answer that foretell best what has come since they were learnt, see :meth:`QAHead.compare`.
+
+    By what is known alone: how a future goes on beyond a cut is what the present weights say.
+
+    :param rows: (n,) of the store
+    :param reading: of their observations
+    :param actions: (n, *action_shape), as executed
+    """
+    y, weight = (torch.from_numpy(each) for each in store.dense(rows, beyond=False))
+    read = [None if x is None else torch.as_tensor(x, device=head.flat.device) for x in reading.inputs(actions)]
+
+    def loss(flat: torch.Tensor) -> float:
+        logits = functional_call(head, {"flat": flat}, tuple(read))
+        return float(question_losses(head, logits.cpu(), y, weight).mean())
+
+    head.compare(loss)
 
 
 def _some(

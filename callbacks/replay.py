@@ -12,7 +12,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.buffers import as_seen, flatten_rows
-from sb3_qa.callbacks.log import MOST_SCORED, room_until, score_questions
+from sb3_qa.callbacks.log import MOST_SCORED, compare_averages, room_until, score_questions
 from sb3_qa.callbacks.rollout import Recorder
 from sb3_qa.errors import QAError
 from sb3_qa.hindsight import Hindsight
@@ -158,9 +158,9 @@ class Replay(Recorder):
     ) -> None:
         self._scored = self.model.num_timesteps
         reading = self.answerer.read(self._observations(self.buffer.observations, rows), keep=False)
-        score_questions(
-            self.model.logger, self.catalogue, labels, np.arange(len(rows)), reading, actions, room, self.pictures
-        )
+        every = np.arange(len(rows))
+        compare_averages(self._head, labels, every, reading, actions)
+        score_questions(self.model.logger, self.catalogue, labels, every, reading, actions, room, self.pictures)
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""

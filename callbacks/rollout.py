@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.base_rates import BaseRates
 from sb3_qa.buffers import as_seen, flatten_rows
-from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, room_until, score_questions
+from sb3_qa.callbacks.log import MOST_SCORED, EpisodeLog, compare_averages, room_until, score_questions
 from sb3_qa.callbacks.pictures import Pictures
 from sb3_qa.errors import QAError
 from sb3_qa.facts import FactReader, needs_steps
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 MUCH = 0.05
 """The share of true answers outside of a number's range that is told of; a few are outliers."""
+EVIDENCE = 1_000
+"""Steps between comparisons of the head's averages, at least; a rollout may be short."""
 POLICY_SAMPLES = 8  # actions that stand for the policy at a cut, where they cannot be listed
 
 
@@ -274,6 +276,7 @@ class Rollout(Recorder):
         self, model: OnPolicyAlgorithm, answerer: QuestionAnswerer, memory: RareEventMemory | None = None
     ) -> None:
         self.memory = memory
+        self._compared = 0
         self._sample: int = answerer.policy.qa_kwargs["qa_sample"]
         super().__init__(model, answerer)
         n = len(self.catalogue.targets)
@@ -379,6 +382,9 @@ class Rollout(Recorder):
             reading = self.answerer.read(obs, memory, keep=False)
         room = flatten_rows(room_until(self._cuts))[rows]
         actions = self._flat_actions[rows]
+        if self.store.n_asked is None and self.model.num_timesteps - self._compared >= EVIDENCE:
+            self._compared = self.model.num_timesteps
+            compare_averages(self._head, self.store, rows, reading, actions)
         score_questions(logger, self.catalogue, self.store, rows, reading, actions, room, self.pictures)
 
     def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:

@@ -179,6 +179,14 @@ class Reading:
         """Logits of all questions or a panel's, (n, n_logits): about these actions here, and about the states after."""
         return self._head.step_logits(self.hidden, actions, after.hidden, panel, self._of_critics(actions))
 
+    def inputs(self, actions: NDArray[Any]) -> tuple[Floats, Floats | None]:
+        """What the head reads here: latents (n, latent_dim), and features of actions (n, *action_shape) with critics' latents."""
+        latents = self._policy.qa_taps.join(self._latents)
+        if self._head.action_features is None:
+            return latents, None
+        features, critics = self._head.action_features(actions), self._of_critics(actions)
+        return latents, features if critics is None else np.concatenate([features, critics], axis=1)
+
     def _of_critics(self, actions: NDArray[Any] | None) -> Floats | None:
         critics = self._policy.qa_critics
         return critics.read(self._policy, self._obs, actions, self._critic) if critics else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +37,10 @@ MOST_PANELS = 4096  # questions whose rows are kept, each asked by itself
 SHARED_OUT_FROM = (
     2**20
 )  # multiplications of a product; smaller ones cost less by numpy even where its BLAS shares them out
-LONGEST_AVERAGE = 500  # updates that answers are averaged over
+LONG_AVERAGE, SHORT_AVERAGE = 500, 30
+"""Updates that answers are averaged over: many where little changes but what chance brings, few where the agent moves on."""
+MEMORY_OF_EVIDENCE = 0.9
+"""How much of what was known before stays, when the averages are compared anew."""
 
 
 class Weights(NamedTuple):
@@ -89,7 +92,8 @@ class QAHead(nn.Module):
 
     Answers are given with a running average of the weights, :attr:`average`: what an agent meets in one rollout pulls the
     weights to and fro, and the continuations of cut futures are answers too, which then change as slowly as those of a
-    target network.
+    target network. But latents change as the agent learns, and old weights do not fit them: so there are two averages, a long
+    and a short one, and the one that has foretold what came last better answers, see :meth:`compare`.
 
     :param catalogue: the questions
     :param latent_dim: width of the latents (of all readouts together)
@@ -161,6 +165,9 @@ class QAHead(nn.Module):
         self._panels: dict[Any, Panel] = {}
         self.by_panels = self.n_logits > MOST_LOGITS
         self._followed = self.flat._version  # of the weights that the average has taken in
+        self._windows = (LONG_AVERAGE, SHORT_AVERAGE)  # of the average that answers, and of the other
+        self._other: torch.Tensor | None = None
+        self._evidence = 0.0  # by how much the other's loss has been smaller
         self.register_load_state_dict_post_hook(_both_are_loaded)  # type: ignore[no-untyped-call]
 
     def _initial_readout(self, generator: torch.Generator) -> torch.Tensor:
@@ -179,7 +186,7 @@ class QAHead(nn.Module):
     @property
     def version(self) -> int:
         """A number that changes whenever the weights do."""
-        return self.flat._version  # the average follows it
+        return self.flat._version + self.average._version
 
     def begin_with(self, biases: Mapping[int, Floats]) -> None:
         """Let a head that has learnt nothing begin with these answers, see :class:`~sb3_qa.base_rates.BaseRates`.
@@ -188,7 +195,7 @@ class QAHead(nn.Module):
         """
         with torch.no_grad():
             self._write_biases(self.flat.detach(), biases)
-            self.average.copy_(self.flat)
+            self._answer_by(self.flat)
         self.followed()
 
     def _write_biases(self, flat: torch.Tensor, biases: Mapping[int, Floats]) -> None:
@@ -199,20 +206,45 @@ class QAHead(nn.Module):
     def follow(self) -> None:
         """Let the weights that answer follow those that learn, after a step of the optimiser.
 
-        The average is over the last tenth of all updates, or the last ``LONGEST_AVERAGE`` of them: it settles while the
-        agent does, and is there from the first update on.
+        An average is over the last tenth of all updates, or the last ``LONG_AVERAGE`` (``SHORT_AVERAGE``) of them: it settles
+        while the agent does, and is there from the first update on.
         Source: the polynomial-decay averaging of Shamir and Zhang 2013 (arXiv 1212.1824).
         """
         self.n_updates.add_(1)
-        share = max(10.0 / (10.0 + self.n_updates.item()), 1.0 / LONGEST_AVERAGE)
-        flat, average = self.flat, self.average
-        if flat.is_cpu:
-            difference = flat.detach().numpy() - (target := average.numpy())
-            difference *= share
-            target += difference
-        else:
-            average.lerp_(flat.detach(), share)
-        self.__dict__["_followed"] = flat._version  # as attributes of a module are slow to be set
+        tenth = 10.0 / (10.0 + self.n_updates.item())
+        flat, other = self.flat, self._other
+        if other is None or other.device != flat.device:
+            self.__dict__["_other"] = other = self.average.clone()  # as attributes of a module are slow to be set
+        for average, window in zip((self.average, other), self._windows, strict=True):
+            share = max(tenth, 1.0 / window)
+            if flat.is_cpu:
+                difference = flat.detach().numpy() - (target := average.numpy())
+                difference *= share
+                target += difference
+            else:
+                average.lerp_(flat.detach(), share)
+        self.__dict__["_followed"] = flat._version
+
+    def compare(self, loss: Callable[[torch.Tensor], float]) -> None:
+        """Let the better average answer.
+
+        :param loss: of weights in a flat array, on what has come since they were learnt
+        """
+        if self._other is None:
+            return
+        found = loss(self.average) - loss(self._other)
+        if math.isfinite(found):
+            self._evidence = MEMORY_OF_EVIDENCE * self._evidence + (1.0 - MEMORY_OF_EVIDENCE) * found
+        if self._evidence > 0.0:
+            answered = self.average.clone()
+            self.average.copy_(self._other)
+            self._other.copy_(answered)
+            self._windows, self._evidence = self._windows[::-1], -self._evidence
+
+    def _answer_by(self, flat: torch.Tensor) -> None:
+        """Let both averages begin anew from these weights."""
+        self.average.copy_(flat.detach())
+        self._other = None
 
     def _follow_by_hand(self) -> None:
         """Let the weights that answer be those that learn, where these were not written by an optimiser."""
@@ -221,12 +253,12 @@ class QAHead(nn.Module):
             self.average.copy_(flat.detach())
             self._answering = None
         elif self._followed != flat._version:
-            self.average.copy_(flat.detach())
+            self._answer_by(flat)
             self._followed = flat._version
 
     def followed(self) -> None:
         """The weights that answer have been written beside those that learn, and are not to follow them."""
-        self.__dict__["_followed"] = self.flat._version
+        self._followed, self._other = self.flat._version, None
 
     def target(self) -> QAHead:
         """The head of a target network: a copy that answers by :attr:`flat`, which the algorithm moves with that network."""
@@ -239,7 +271,7 @@ class QAHead(nn.Module):
     def as_it_is(self) -> QAHead:
         """A head that goes on answering as this one does now, but for panels; the same one until the weights change."""
         self._follow_by_hand()
-        version = self.flat._version + self.average._version
+        version = self.version
         if self._kept is None or self._kept[0] != version:
             head = copy.copy(self)
             head._parameters = {"flat": nn.Parameter(self.flat.detach().clone(), requires_grad=False)}
@@ -323,7 +355,7 @@ class QAHead(nn.Module):
     def _panel_that_answers(self, panel: Panel) -> _Answering:
         """The weights that answer a panel's questions; its rows are made once an update, when they are first asked for."""
         layers, action = self._layers_that_answer()
-        key = self.flat._version, self.average.data_ptr()
+        key = self.version, self.average.data_ptr()
         if panel.answering is None or panel.answering[0] != key or self.of_target:
             with torch.no_grad():
                 made = self.readout_of(self.average[: self._places[0][1]], panel).cpu().numpy()

@@ -237,7 +237,7 @@ class LabelStore:
     def __len__(self) -> int:
         return len(self.cut_row)
 
-    def dense(self, rows: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    def dense(self, rows: NDArray[np.intp], *, beyond: bool = True) -> tuple[Floats, Floats]:
         """Targets and weights of the loss's cells for some transitions.
 
         A hazard's cell has weight P(the event has not come before that step) and as target P(it comes at that step,
@@ -245,13 +245,14 @@ class LabelStore:
         cross-entropies is then the expected negative log-likelihood of the time of the event.
 
         :param rows: (n,)
+        :param beyond: whether futures go on beyond the cut
         :return: ``(y, weight)``, both (n, n_columns) float32, for the caller to keep
         """
         y, weight = np.empty((2, len(rows), len(self._columns)), np.float32)
         np.less_equal(self._step, self._known.take(rows, axis=0).take(self._owner, axis=1), out=weight)
         np.equal(self._step, self._event_at.take(rows, axis=0).take(self._owner, axis=1), out=y)
         unfinished = np.flatnonzero(self._any_open.take(rows))
-        if len(unfinished):
+        if beyond and len(unfinished):
             self._continue(rows[unfinished], unfinished, y, weight)
         if not self._valued:
             return y, weight

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sb3_contrib
+import stable_baselines3
 import torch
+from gymnasium import spaces
 from noise import QUESTIONS, make_env
 from stable_baselines3 import PPO
 from torch import nn
+from wrapping import QUESTIONS as TOY_QUESTIONS
+from wrapping import toys
 
 from sb3_qa import Question, QuestionAnswerer
-from sb3_qa.callbacks import QACallback
+from sb3_qa.callbacks import QACallback, replay, rollout
 from sb3_qa.closed_form import ClosedForm
-from sb3_qa.head import LONGEST_AVERAGE, QAHead, decode
+from sb3_qa.head import LONG_AVERAGE, QAHead, decode
 from sb3_qa.joint import attach, question_losses
 from sb3_qa.policies import qa_policy
 from sb3_qa.questions import Catalogue
@@ -126,7 +131,7 @@ class TestAverage:
             expected += 10.0 / (10.0 + n) * (n - expected)
             torch.testing.assert_close(head.average, torch.full_like(head.average, expected))
         head.n_updates.fill_(1_000_000)
-        fill(head, expected + LONGEST_AVERAGE)
+        fill(head, expected + LONG_AVERAGE)
         head.follow()
         torch.testing.assert_close(head.average, torch.full_like(head.average, expected + 1.0))
 
@@ -140,6 +145,64 @@ class TestAverage:
         with torch.no_grad():
             head.flat.copy_(head.average)
         np.testing.assert_array_equal(QuestionAnswerer.from_model(model).ask("bad[k=6]", obs).probability, answer)
+
+    def test_the_average_that_foretells_better_answers(self) -> None:
+        """Old weights do not fit the latents of an agent that has moved on."""
+        model = make_model().learn(72, callback=QACallback())
+        head, qa, obs = model.policy.qa_head, QuestionAnswerer.from_model(model), make_env().reset()
+        head.n_updates.fill_(10_000)
+        with torch.no_grad():
+            head.flat.add_(0.5)
+        head.follow()
+        long, asked = head.average.clone(), qa.read(obs)
+        nearness = lambda flat: float((flat - head.flat.detach()).square().mean())  # noqa: E731
+        head.compare(nearness)  # the short one is nearer to what has been learnt
+        assert not torch.equal(head.average, long) and nearness(head.average) < nearness(long)
+        assert qa.read(obs) is not asked  # what was read by other weights is read again
+        assert not np.array_equal(qa.read(obs).hidden, asked.hidden)
+        short = head.average.clone()
+        head.compare(lambda flat: -0.5 * nearness(flat))  # evidence half as strong for once
+        assert torch.equal(head.average, short)
+        head.compare(lambda flat: float("nan"))
+        assert torch.equal(head.average, short)
+        for _ in range(20):
+            head.compare(lambda flat: -0.5 * nearness(flat))
+        assert torch.equal(head.average, long)
+
+    def test_averages_begin_anew_with_weights_written_by_hand(self) -> None:
+        head = make_model().learn(72, callback=QACallback()).policy.qa_head
+        fill(head, 0.25)
+        assert head.hidden(np.ones((1, head.latent_dim), np.float32)).shape == (1, head.width)  # notices them
+        head.compare(lambda flat: -float(flat.sum()))
+        assert torch.equal(head.average, head.flat)
+
+    @pytest.mark.parametrize("encoder", ["index", "text"])
+    @pytest.mark.parametrize("name", ["PPO", "A2C", "RecurrentPPO", "DQN", "SAC"])
+    def test_averages_are_compared_by_what_has_come_since(
+        self, name: str, encoder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rollout, "EVIDENCE", 1)
+        monkeypatch.setattr(replay, "MOST_SCORED", 8)
+        losses: list[float] = []
+        compare = QAHead.compare
+
+        def watched(head: QAHead, loss: Any) -> None:
+            losses.append(loss(head.average))
+            learnt = head.flat.detach().clone()
+            compare(head, loss)
+            assert torch.equal(head.flat, learnt)
+
+        monkeypatch.setattr(QAHead, "compare", watched)
+        algorithm = getattr(sb3_contrib if name == "RecurrentPPO" else stable_baselines3, name)
+        more: dict[str, Any] = {"n_steps": 8} if name in ("PPO", "A2C", "RecurrentPPO") else {"learning_starts": 8}
+        more |= {"batch_size": 8} if name != "A2C" else {}
+        space = spaces.Box(-1.0, 1.0, (2,), np.float32) if name == "SAC" else None
+        policy_kwargs = dict(questions=TOY_QUESTIONS, qa_encoder=encoder)
+        model = algorithm(
+            qa_policy(algorithm), toys(1, action_space=space), policy_kwargs=policy_kwargs, seed=0, **more
+        )
+        model.learn(64, callback=QACallback())
+        assert len(losses) >= 2 and np.isfinite(losses).all() and min(losses) > 0.0
 
     def test_weights_written_by_hand_answer_at_once(self) -> None:
         """So that a head which has become useless is noticed, whoever made it so."""
