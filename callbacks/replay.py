@@ -159,8 +159,8 @@ class Replay(Recorder):
         self._scored = self.model.num_timesteps
         reading = self.answerer.read(self._observations(self.buffer.observations, rows), keep=False)
         every = np.arange(len(rows))
-        compare_averages(self._head, labels, every, reading, actions)
         score_questions(self.model.logger, self.catalogue, labels, every, reading, actions, room, self.pictures)
+        compare_averages(self._head, labels, every, reading, actions)
 
     def _observations(self, kept: Any, rows: NDArray[Any]) -> Any:
         """Observations that the buffer keeps, as the policy sees them."""

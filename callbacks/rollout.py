@@ -382,10 +382,11 @@ class Rollout(Recorder):
             reading = self.answerer.read(obs, memory, keep=False)
         room = flatten_rows(room_until(self._cuts))[rows]
         actions = self._flat_actions[rows]
+        score_questions(logger, self.catalogue, self.store, rows, reading, actions, room, self.pictures)
         if self.store.n_asked is None and self.model.num_timesteps - self._compared >= EVIDENCE:
             self._compared = self.model.num_timesteps
+            # Last, as the reading may be of other weights than those that answer then.
             compare_averages(self._head, self.store, rows, reading, actions)
-        score_questions(logger, self.catalogue, self.store, rows, reading, actions, room, self.pictures)
 
     def _continuations(self, cuts: Cuts, panel: Panel | None = None) -> list[Floats]:
         """For each event target, the survival curve (n_cuts, width + 1) of the states the futures are cut in."""
