@@ -41,7 +41,7 @@ __all__ = ["Recorder", "Rollout"]
 Floats = NDArray[np.float32]
 log = logging.getLogger(__name__)
 
-MUCH = 0.05
+MUCH = 0.2
 """The share of true answers outside of a number's range that is told of; a few are outliers."""
 EVIDENCE = 1_000
 """Steps between comparisons of the head's averages, at least; a rollout may be short."""
