@@ -195,7 +195,7 @@ class QAHead(nn.Module):
         """
         with torch.no_grad():
             self._write_biases(self.flat.detach(), biases)
-            self._answer_by(self.flat)
+            self.average.copy_(self.flat)
         self.followed()
 
     def _write_biases(self, flat: torch.Tensor, biases: Mapping[int, Floats]) -> None:
@@ -241,11 +241,6 @@ class QAHead(nn.Module):
             self._other.copy_(answered)
             self._windows, self._evidence = self._windows[::-1], -self._evidence
 
-    def _answer_by(self, flat: torch.Tensor) -> None:
-        """Let both averages begin anew from these weights."""
-        self.average.copy_(flat.detach())
-        self._other = None
-
     def _follow_by_hand(self) -> None:
         """Let the weights that answer be those that learn, where these were not written by an optimiser."""
         flat = self.flat
@@ -253,11 +248,13 @@ class QAHead(nn.Module):
             self.average.copy_(flat.detach())
             self._answering = None
         elif self._followed != flat._version:
-            self._answer_by(flat)
-            self._followed = flat._version
+            self.average.copy_(flat.detach())
+            self.followed()
 
     def followed(self) -> None:
-        """The weights that answer have been written beside those that learn, and are not to follow them."""
+        """The weights that answer have been written beside those that learn, and are not to follow them. The other average begins
+        anew from them.
+        """
         self._followed, self._other = self.flat._version, None
 
     def target(self) -> QAHead:

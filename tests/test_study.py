@@ -399,14 +399,27 @@ def test_tables_leave_out_rows_that_tell_nothing() -> None:
     assert lines == ["| task | at | value |", "| --- | --- | --- |", "| a | x | 0.12 [0.10, 0.20] |", "| c | x | 1.0 |"]
 
 
+def made_up(arm: str, seed: int, **told: Any) -> dict[str, Any]:
+    play = {"return": 1.0, "length": 9.0, "catastrophes": told.pop("before", 0.5), "veto_rate": 0.1, "disrupted": 0.2}
+    veto = {"at": "0.05", "threshold": 0.5, "veto": play | {"catastrophes": told.pop("after", 0.25)}, "random": play}
+    result = {
+        "task": "cliff",
+        "arm": arm,
+        "seed": seed,
+        "labels": 1.0,
+        "quick": True,
+        "timesteps": 9,
+        "train_seconds": 1.0,
+    }
+    result |= {"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play}
+    if arm != "plain":
+        result |= {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [veto]}
+    return result | told
+
+
 def test_a_report_of_many_tasks_has_a_panel_and_a_row_for_each(tmp_path: Path) -> None:
-    told = {"at": "0.05", "threshold": 0.5}
-    play = {"return": 1.0, "length": 9.0, "catastrophes": 0.5, "veto_rate": 0.1, "disrupted": 0.2, "episodes": 8}
-    told |= {"veto": play | {"catastrophes": 0.25}, "random": play}
     results = [
-        {"task": task, "arm": arm, "seed": seed, "labels": 1.0, "quick": True, "timesteps": 9, "train_seconds": 1.0}
-        | {"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play}
-        | ({} if arm == "plain" else {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [told]})
+        made_up(arm, seed, task=task)
         for task in task_names()
         for arm in ("plain", "joint", "separate")
         for seed in (0, 1)
@@ -417,25 +430,6 @@ def test_a_report_of_many_tasks_has_a_panel_and_a_row_for_each(tmp_path: Path) -
     assert "Not reached" not in report.split("## The premises")[0]
     (width,) = struct.unpack(">I", (tmp_path / "vetoes.png").read_bytes()[16:20])
     assert width < 1_300  # pixels, which a page has room for
-
-
-def made_up(arm: str, seed: int, **told: Any) -> dict[str, Any]:
-    play = {"return": 1.0, "length": 9.0, "catastrophes": told.pop("before", 0.5), "veto_rate": 0.1, "disrupted": 0.2}
-    veto = {"at": "0.05", "threshold": 0.5, "veto": play | {"catastrophes": told.pop("after", 0.25)}, "random": play}
-    return {
-        **{
-            "task": "cliff",
-            "arm": arm,
-            "seed": seed,
-            "labels": 1.0,
-            "quick": True,
-            "timesteps": 9,
-            "train_seconds": 1.0,
-        },
-        **{"parameters": {"agent": 9, "questions": 1}, "curve": [[9, 0.0]], "solved_at": None, "play": play},
-        **({} if arm == "plain" else {"answers": {"risk": {"skill": 0.5, "auroc": 0.75}}, "vetoes": [veto]}),
-        **told,
-    }
 
 
 def ruling(report: str, premise: str) -> str:
