@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_qa import Certificate, QAError, Question, certify
 from sb3_qa.__main__ import main
 from sb3_qa.base_rates import BaseRates
-from sb3_qa.evaluation import Episodes, Trace
+from sb3_qa.evaluation import AnswerRecord, Episodes, Trace
 from sb3_qa.scores import Interval
 from sb3_qa.study import measure
 from sb3_qa.study.aggregate import collect, difference, estimate, interquartile_mean, verdict
@@ -289,6 +289,32 @@ def test_probes_find_what_the_latents_hold(task: Task) -> None:
         found = probes(learn, test, ["edge", "low"], of_latents=of_latents)
         assert found["low"]["skill"] > 0.8 > found["low"]["own_skill"]
         assert found["low"]["own_brier"] > found["low"]["brier"]
+
+
+def test_a_head_that_is_taught_afterwards_is_a_probe_too(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins anew on the agent's trunk, and counts where it is the best; another head leaves the agent as it is."""
+    from sb3_qa.study import knowledge
+
+    untaught = Task(**{**vars(task), "qa_kwargs": {**task.qa_kwargs, "qa_coef": 0.0}, "episodes": 12})
+    first = train_arm(untaught, "joint", 0)
+    later = train_arm(Task(**{**vars(task), "timesteps": 4096}), "probe", 0, before=first.model)
+    assert first.answerer is not None and later.answerer is not None
+    before, after = (each.model.policy.state_dict() for each in (first, later))
+    assert all(
+        torch.equal(value, after[name]) == ("qa_head" not in name)
+        for name, value in before.items()
+        if value.numel() > 1
+    )
+    learn, test = knowledge.Knowledge(first.answerer), knowledge.Knowledge(first.answerer)
+    held = AnswerRecord(later.answerer)
+    for seed, record in ((50_000, learn), (10_000, test)):
+        measure.play(untaught, first.model, seed, record=record)
+    measure.play(untaught, later.model, 10_000, record=held)
+    monkeypatch.setattr(knowledge, "MOST_PROBED", 60)  # too few for the others
+    alone = knowledge.probes(learn, test, ["stay_low"], of_latents=True)["stay_low"]
+    found = knowledge.probes(learn, test, ["stay_low"], of_latents=True, taught=later.answerer)["stay_low"]
+    assert found["brier"] == pytest.approx(measure.answers(held)["stay_low"]["brier"], abs=1e-6)
+    assert found["brier"] < alone["brier"] and found["own_brier"] == alone["own_brier"]
 
 
 class Shade(gym.Env[np.ndarray, int]):

@@ -78,11 +78,12 @@ def muted_policy(base: type[Any]) -> type[Any]:
 
 
 def adopt(policy: Any, trained: BasePolicy) -> None:
-    """Give a policy with questions the weights of an agent that was trained without any.
+    """Give a policy with questions the weights of an agent, but for those of a head that it may have.
 
     :raises QAError: when the agents are not alike
     """
-    missing, unexpected = policy.load_state_dict(trained.state_dict(), strict=False)
+    own = {name: value for name, value in trained.state_dict().items() if "qa_head." not in name}
+    missing, unexpected = policy.load_state_dict(own, strict=False)
     others = [name for name in missing if "qa_head." not in name]
     if others or unexpected:
         raise QAError(

@@ -185,12 +185,14 @@ def train_arm(
     labels: float = 1.0,
     folder: Path | None = None,
     env: VecEnv | None = None,
+    before: BaseAlgorithm | None = None,
 ) -> Trained:
     """Train an arm.
 
     :param labels: share of the steps that have labels, in (0, 1]
     :param folder: where plain agents are kept, that other arms begin with; without one they are trained each time
     :param env: to train in, in place of the task's
+    :param before: agent that an arm which comes afterwards begins with, in place of ``plain``'s
     :raises QAError: when there is no such arm for the task
     """
     if arm not in ARMS:
@@ -203,7 +205,8 @@ def train_arm(
         raise QAError(
             f"arm {arm!r} with labels={labels:g} got {task.algorithm.__name__}; expected an on-policy algorithm; leave it out"
         )
-    before = plain_agent(task, seed, folder) if how.afterwards else None
+    if how.afterwards and before is None:
+        before = plain_agent(task, seed, folder)
     if before is not None and not how.questions:  # there is nothing to be learnt
         return Trained(before, None, 0.0)
     base = stock_policies(task.algorithm)[task.policy]

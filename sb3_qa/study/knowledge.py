@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,21 @@ class Knowledge(AnswerRecord):
         return place, latents if of_latents else obs, actions
 
 
-def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents: bool) -> dict[str, dict[str, float]]:
+def probes(
+    learn: Knowledge,
+    test: Knowledge,
+    keys: Iterable[str],
+    *,
+    of_latents: bool,
+    taught: QuestionAnswerer | None = None,
+) -> dict[str, dict[str, float]]:
     """Fit probes afterwards, with ample labels, on what the agent knew in ``learn``, and score the best of them in ``test``.
 
-    For yes/no instances: logistic regression, and gradient-boosted trees; which is best is decided by a fifth of ``learn``
-    that is held out, by episodes.
+    For yes/no instances: logistic regression, gradient-boosted trees, and a head that was taught afterwards; which is best is
+    decided by a fifth of ``learn`` that is held out, by episodes.
 
     :param of_latents: on the agent's latents; otherwise on observations, as a judge that shares nothing with it
+    :param taught: the same agent with a head that was taught afterwards, on other episodes
     :return: by instance, the ``brier`` score and ``skill`` of the best probe and of the answers (``own_...``), the means of
         what both said (``said``, ``own_said``), and how often it was so (``frequency``)
     """
@@ -68,14 +77,17 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
         telling = _telling(known)
         known, test_known = known[:, telling], test_known[:, telling]
     scored = {each.instance.key: each for each in test.answered() if each.instance.key in wanted}
+    by_head = [{} if taught is None else _said(record, taught, wanted) for record in (learn, test)]
     for each in learn.answered():
         key = each.instance.key
         if key not in scored:
             continue
         x, y, group = _inputs(each, place, known, actions), each.truth > 0.5, each.episode
+        head = by_head[0].get(key)
         if len(y) > MOST_PROBED:
             chosen = rng.choice(len(y), MOST_PROBED, replace=False)
             x, y, group = x[chosen], y[chosen], group[chosen]
+            head = None if head is None else head[chosen]
         there = scored[key]
         x_test, truth = _inputs(there, test_place, test_known, test_actions), there.truth > 0.5
         held = group % 5 == 0
@@ -91,7 +103,10 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
             for candidate in candidates:
                 candidate.fit(x[~held], y[~held])
                 errors.append(np.mean((candidate.predict_proba(x[held])[:, 1] - y[held]) ** 2))
-            said = candidates[int(np.argmin(errors))].fit(x, y).predict_proba(x_test)[:, 1]
+            if head is not None and np.mean((head[held] - y[held]) ** 2) < min(errors):
+                said = by_head[1][key]
+            else:
+                said = candidates[int(np.argmin(errors))].fit(x, y).predict_proba(x_test)[:, 1]
         own: Any = there.answer
         constant = float(truth.mean() * (1.0 - truth.mean()))
         brier, own_brier = float(np.mean((said - truth) ** 2)), float(np.mean((own.probability - truth) ** 2))
@@ -105,6 +120,14 @@ def probes(learn: Knowledge, test: Knowledge, keys: Iterable[str], *, of_latents
             "frequency": float(truth.mean()),
         }
     return table
+
+
+def _said(record: AnswerRecord, qa: QuestionAnswerer, keys: Container[str]) -> dict[str, NDArray[np.float32]]:
+    """The probabilities that somebody else gives in the same decisions, by yes/no instance."""
+    other = copy.copy(record)
+    other.qa = qa
+    answered: Iterable[Any] = other.answered()
+    return {each.instance.key: each.answer.probability for each in answered if each.instance.key in keys}
 
 
 def _telling(seen: NDArray[Any]) -> NDArray[np.intp]:

@@ -35,19 +35,17 @@ ANSWERING = ("joint", "detached", "separate", "probe", "finetune", "anchored")
 LABELS = (1.0, 0.1, 0.01)
 AT = ("0.02", "0.05", "0.1", "certified")
 """What vetoes are compared at: shares of steps flagged, and the certified threshold."""
-KINDS = {"all": "skill", "but numbers": "brier", "yes/no": "brier_skill"}
-"""Kinds of questions, by the score that those have and others have not."""
 Quantity = Callable[[Result], "float | None"]
 
 
-def skill(result: Result, where: str = "answers", kinds: str = "all") -> float | None:
+def skill(result: Result, where: str = "answers", but_numbers: bool = False) -> float | None:
     """Mean skill over the questions of a task; where the agent is the plain one, its episodes are the own ones.
 
-    :param kinds: a key of :data:`KINDS`
+    :param but_numbers: whether questions whose answers are numbers are left out
     """
     if where == "answers_common" and not ARMS[result["arm"]].shapes_agent:
         where = "answers"
-    told = [each for each in result.get(where, {}).values() if KINDS[kinds] in each]
+    told = [each for each in result.get(where, {}).values() if "brier" in each or not but_numbers]
     scores = [each["skill"] for each in told if each["skill"] is not None]
     return float(np.mean(scores)) if scores else None
 

@@ -77,11 +77,8 @@ def _premises(results: Sequence[Result]) -> str:
         rows.append([premise, what, *_judged(table, margin, sign)])
 
     claim("M2", "gap of `joint` below 0.05", _negated(of("joint", gap)), margin=0.05, sign=-1)
-    rows[-1][-1] = rows[-1][-1].replace("supported", "open")  # as the gap may be larger
     claim("M2", "and below that of `detached`", difference(of("detached", gap), of("joint", gap)))
-    yes_no, told_well = partial(skill, kinds="yes/no"), partial(skill, kinds="but numbers")
-    later = difference(of("probe", yes_no), of("detached", yes_no))
-    rows.append(["M2", "gap of `detached`, by the head of `probe`", _judged(later)[0], "–"])
+    told_well = partial(skill, but_numbers=True)
     for other in AFTERWARDS:
         own = _judged(difference(of("joint", skill), of(other, skill)))
         fair = _judged(difference(of("joint", common), of(other, common)))
@@ -124,8 +121,7 @@ def _premises(results: Sequence[Result]) -> str:
         "## The premises\n\n*Supported*: all of the interval is on the premise's side of the bar that the plan names; *contradicted*: all "
         "of it is on the other; *open*: neither. Where a premise is judged by two quantities, it is open unless they agree: M3 by episodes "
         "of the agent and of `plain`; M5 by the share of the catastrophic episodes that is averted and by the same as a share of all "
-        "episodes, where few catastrophes count less, and it is open too where more is averted for more return. M2's gap is at least what "
-        "is told: probes are fitted to fewer decisions than heads.\n\n"
+        "episodes, where few catastrophes count less, and it is open too where more is averted for more return.\n\n"
         + table(["", "premise", "measured", "verdict"], rows)
     )
 

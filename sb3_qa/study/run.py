@@ -107,7 +107,8 @@ def run_cell(cell: Cell, models: str | None = None) -> Result:
         if cell.labels == 1.0:
             yes_no = [key for key, scores in result["answers"].items() if "brier_skill" in scores]
             if cell.arm in ("joint", "detached", "finetune"):
-                result["probes"] = probes(learn, test, yes_no, of_latents=True)
+                taught = train_arm(task, "probe", cell.seed, before=model).answerer
+                result["probes"] = probes(learn, test, yes_no, of_latents=True, taught=taught)
             if cell.arm in ("joint", "shaped"):
                 result["judge"] = probes(learn, test, [task.risk], of_latents=False)
             result["vetoes"] = vetoes(task, model, qa, calm)

@@ -79,10 +79,9 @@ def _knowledge(results: Sequence[Result]) -> str:
     rows = [[task, *_cells(results, task, arms, gap, 3)] for task in tasks_in(results)]
     return (
         "## What the agent knows and the answers do not tell (M2)\n\nSkill of the best probe that is fitted afterwards to the agent's "
-        "latents (logistic regression or gradient-boosted trees, fitted to the decisions of other episodes) minus the skill of the "
-        "answers, mean over yes/no questions. Below 0 the answers know more than such a probe finds. Some thousand decisions are "
-        "fewer than a head learns from, so the gap is at least this; for `detached`, whose agent `probe` has too, the head of `probe` "
-        "tells more.\n\n" + table(["task", *_arms(arms)], rows)
+        "latents (logistic regression, gradient-boosted trees, or a head that has as many steps of the final policy as the agent was "
+        "trained for) minus the skill of the answers, mean over yes/no questions; which is best is decided by other episodes. Below 0 "
+        "the answers know more than any of these finds.\n\n" + table(["task", *_arms(arms)], rows)
     )
 
 
