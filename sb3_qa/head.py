@@ -215,14 +215,9 @@ class QAHead(nn.Module):
         flat, other = self.flat, self._other
         if other is None or other.device != flat.device:
             self.__dict__["_other"] = other = self.average.clone()  # as attributes of a module are slow to be set
+        learnt = flat.detach()
         for average, window in zip((self.average, other), self._windows, strict=True):
-            share = max(tenth, 1.0 / window)
-            if flat.is_cpu:
-                difference = flat.detach().numpy() - (target := average.numpy())
-                difference *= share
-                target += difference
-            else:
-                average.lerp_(flat.detach(), share)
+            average.lerp_(learnt, max(tenth, 1.0 / window))
         self.__dict__["_followed"] = flat._version
 
     def compare(self, loss: Callable[[torch.Tensor], float]) -> None:
