@@ -5,8 +5,8 @@ equal to float error), and default hyperparameters but for shorter rollouts of t
 back: Adam steps small tensors together, and distributions of actions take fewer steps, both bit for bit as in SB3. The row that says
 "alike" gives the plain agent that too, so that its figure is what the questions cost. In those that say "rarely" one minibatch in eight
 (seven) teaches the questions. The joint agent has eight yes/no questions, one of them about the action, and a wrapper answers all of
-them live at every step. Plain and joint runs alternate, so that drifts of the machine's speed hit both; the figure is the median of the
-pairs' ratios.
+them live at every step. Plain and joint runs alternate, now one first and now the other, so that drifts of the machine's speed hit both;
+the figure is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -190,7 +190,10 @@ def measure(name: str, case: Case, pairs: int, steps: int) -> dict[str, Any]:
     plain(case, warm_up), joint(case, warm_up)
     ratios = []
     for n in range(pairs):
-        before, after_ = plain(case, steps), joint(case, steps)
+        if n % 2:
+            after_, before = joint(case, steps), plain(case, steps)
+        else:
+            before, after_ = plain(case, steps), joint(case, steps)
         ratios.append(after_ / before)
         print(f"{name} pair {n + 1}: plain {before:.2f} s, joint {after_:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
     ratio = statistics.median(ratios)

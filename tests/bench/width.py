@@ -20,7 +20,7 @@ from every import run
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 TASKS = ("navigation", "lander")
-WIDTHS = (2, 4, 8, 16, 32, 64)
+WIDTHS = (4, 8, 16, 32)
 """Units of the head's one layer."""
 FIRST_SEED = 10
 
@@ -31,7 +31,7 @@ def narrow(task: str, width: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    seeds = wanted_seeds(__doc__, 3, FIRST_SEED)
+    seeds = wanted_seeds(__doc__, 2, FIRST_SEED)
     done = completed(
         RESULTS,
         ("task", "width", "seed"),
