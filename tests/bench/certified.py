@@ -7,7 +7,8 @@ counts that stands within the question's horizon before the catastrophe (for ``j
 Under the veto, and without it, the agents play 1,000 other episodes, with sampled actions. The veto by ``joint`` is tried at further
 thresholds too, at which 20, 30 and 50 % of the steps are flagged while nothing is vetoed.
 
-One line of JSON for each run; runs that are there already are not repeated. The oracle is the study's own (``docs/study/results.jsonl``).
+One line of JSON for each run; runs that are there already are not repeated. The oracle is the study's own
+(``docs/study/long_average/results.jsonl``).
 
     python tests/bench/certified.py            # runs what is missing, prints the table
 """
@@ -39,7 +40,7 @@ from sb3_qa.study.task import load_task
 from sb3_qa.wrappers import VecRandomVeto, VecVetoAction
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-STUDY = Path(__file__).parents[2] / "docs" / "study" / "results.jsonl"
+STUDY = Path(__file__).parents[2] / "docs" / "study" / "long_average" / "results.jsonl"
 MODELS = Path("outputs/study")
 TASKS = ("cliff", "navigation", "lander", "highway")
 ARMS = ("joint", "separate", "probe", "punished")
