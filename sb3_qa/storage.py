@@ -320,13 +320,22 @@ def _question_from_json(data: dict[str, Any]) -> Question:
     kind = data["answer"]
     answer: AnswerKind = YesNo()
     if kind["kind"] == "choice":
-        answer = Choice(*kind["options"])
+        answer = Choice(*_hashable(kind["options"]))
     elif kind["kind"] == "number":
         answer = Number(kind["low"], kind["high"])
     truth = dict(data["truth"])
     if not isinstance(truth["fact"], str):
         truth["fact"] = fact_of_data(truth["fact"], f"question {data['name']!r}")
-    return Question(data["text"], Truth(**truth), answer, data["name"], data.get("holdout", ()), **data["slots"])
+    return Question(
+        data["text"], Truth(**truth), answer, data["name"], data.get("holdout", ()), **_hashable(data["slots"])
+    )
+
+
+def _hashable(value: Any) -> Any:
+    """Options and slots with the tuples that JSON has made lists of; a list could not have been in them."""
+    if isinstance(value, dict):
+        return {key: _hashable(each) for key, each in value.items()}
+    return tuple(_hashable(each) for each in value) if isinstance(value, list) else value
 
 
 def _space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:

@@ -183,6 +183,26 @@ def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.qa").exists()
 
 
+def test_options_and_slots_that_are_tuples(tmp_path: Path) -> None:
+    """JSON makes lists of them."""
+    cells = [("a", (1, 2)), ("b", (3, 4))]
+    questions = [
+        Question("which?", now("x"), Choice(*cells), name="which"),
+        Question("at {cell}?", now(lambda step, cell: False), name="at", cell=cells, holdout=[dict(cell=cells[1])]),
+    ]
+    model = PPO(qa_policy(PPO), make_env(), n_steps=8, batch_size=24, policy_kwargs=dict(questions=questions))
+    live = QuestionAnswerer.from_model(model)
+    live.save(tmp_path / "x.qa")
+    frozen = QuestionAnswerer.load(tmp_path / "x.qa")
+    obs = make_env().reset()
+    assert frozen.catalogue.find("which").question.answer == Choice(*cells)
+    assert frozen.catalogue.questions[1].slots == {"cell": tuple(cells)}
+    np.testing.assert_array_equal(frozen.ask("which", obs).value, live.ask("which", obs).value)
+    assert frozen.catalogue.instances.keys() == live.catalogue.instances.keys()
+    frozen.save(tmp_path / "y.qa")
+    assert (tmp_path / "y.qa").read_bytes() == (tmp_path / "x.qa").read_bytes()
+
+
 def test_normalised_observations_are_remembered(tmp_path: Path) -> None:
     kwargs = dict(questions=QUESTIONS)
     model = PPO(qa_policy(PPO), VecNormalize(make_env()), n_steps=8, batch_size=24, policy_kwargs=kwargs)
