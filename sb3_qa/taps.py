@@ -195,7 +195,9 @@ class Taps:
             if len(latents) == len(small):
                 return latents
         with torch.no_grad(), _evaluating(policy):
-            return [latent.cpu().numpy() for latent in self.tensors(policy, _tensors(policy, obs))]
+            tensors = _tensors(policy, obs)
+            tensors, blind = (tensors, None) if self._direct else _blinded(tensors)
+            return [latent.cpu().numpy() for latent in _not_known(self.tensors(policy, tensors), blind)]
 
     def can_read_ahead(self, policy: Any) -> bool:
         """Whether the policy's own pass can go on from latents that have been read, and :meth:`read` has no faster way."""
@@ -223,9 +225,10 @@ class Taps:
 
     def _by_forward(self, policy: Any, obs: Any, memory: Memory) -> tuple[list[torch.Tensor], Any]:
         states, starts = memory.tensors(policy.device)
+        obs, blind = _blinded(obs)
         with _recording(policy, self.names) as seen:
             states = policy.forward(obs, states, starts, deterministic=True)[-1]
-        return self._all_of(seen, policy, "forward"), states
+        return _not_known(self._all_of(seen, policy, "forward"), blind), states
 
     def read_target(self, policy: Any, obs: Any, live: str, target: str) -> list[Floats]:
         """As :meth:`read`, from a target network where it has the readouts, else from the live one.
@@ -262,10 +265,14 @@ class Taps:
         return [policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)]
 
     def distribution(self, policy: Any, obs: Any, latents: list[Floats]) -> Any:
-        """The policy's distribution over actions, from latents that were read of these observations."""
+        """The policy's distribution over actions, from latents that were read of these observations; where those are not
+        finite, what it is of zeros.
+        """
         if self._direct or self.recurrent:  # which cannot be asked again without its memory
-            return policy._get_action_dist_from_latent(torch.as_tensor(latents[0], device=policy.device))
-        return policy.get_distribution(_tensors(policy, obs))
+            latent, _ = _blinded(torch.as_tensor(latents[0], device=policy.device))
+            return policy._get_action_dist_from_latent(latent)
+        obs, _ = _blinded(_tensors(policy, obs))
+        return policy.get_distribution(obs)
 
     def preferred(self, policy: Any, obs: Any, latents: list[Floats]) -> NDArray[Any]:
         """The actions (n, ...) the policy likes best.
@@ -292,7 +299,7 @@ class Taps:
                     self.distribution(policy, obs, latents).get_actions, deterministic=deterministic
                 )
             else:
-                draw = partial(policy._predict, _tensors(policy, obs), deterministic=deterministic)
+                draw = partial(policy._predict, _blinded(_tensors(policy, obs))[0], deterministic=deterministic)
             return np.stack([draw().cpu().numpy() for _ in range(n)], axis=1)
 
     def shares(self, policy: Any, obs: Any, latents: list[Floats]) -> Floats:
@@ -310,6 +317,8 @@ class Taps:
         to the action that the policy would take.
         """
         with torch.no_grad(), _evaluating(policy):
+            if isinstance(policy.action_space, spaces.Box):
+                actions = actions.reshape(*actions.shape[:2], -1)  # as the policy has them
             if self._actor_critic:
                 distribution = self.distribution(policy, obs, latents)
                 columns = [torch.as_tensor(actions[:, j], device=policy.device) for j in range(actions.shape[1])]
@@ -320,7 +329,7 @@ class Taps:
                 values = seen[0][1].reshape(len(actions), -1, int(policy.action_space.n)).mean(dim=1).cpu().numpy()
                 return np.asarray(np.take_along_axis(values, actions, axis=1), np.float32)
             best = self.preferred(policy, obs, latents)
-            return np.asarray(-np.square(actions - best[:, None]).reshape(*actions.shape[:2], -1).sum(-1), np.float32)
+            return np.asarray(-np.square(actions - best[:, None]).sum(-1), np.float32)
 
     def version(self, policy: Any) -> int:
         """A number that changes whenever an optimiser, or a state that is loaded, changes the agent's weights."""
@@ -551,6 +560,28 @@ def _parts(obs: Any) -> dict[str, torch.Tensor]:
 
 def _tensors(policy: Any, obs: Any) -> Any:
     return obs_as_tensor(obs, policy.device) if isinstance(obs, (np.ndarray, dict)) else obs
+
+
+def _blinded(obs: Any) -> tuple[Any, torch.Tensor | None]:
+    """Tensors with zeros in the rows that are not finite, as a policy refuses a whole batch for one of them; and which rows
+    those are, (n,), None where there are none.
+    """
+    parts = [part for part in _parts(obs).values() if part.is_floating_point()]
+    if all(math.isfinite(part.sum()) for part in parts):  # one operation; where it is too large, a look at each row
+        return obs, None
+    blind = torch.stack([~torch.isfinite(part.flatten(1)).all(dim=1) for part in parts]).any(dim=0)
+    blinded = {}
+    for key, part in _parts(obs).items():
+        blinded[key] = part.clone()
+        blinded[key][blind] = 0
+    return (blinded if isinstance(obs, dict) else blinded[""]), blind
+
+
+def _not_known(latents: list[torch.Tensor], blind: torch.Tensor | None) -> list[torch.Tensor]:
+    """The latents of what was blinded: nans, so that no answer is finite there."""
+    if blind is None:
+        return latents
+    return [latent.masked_fill(blind.to(latent.device)[:, None], math.nan) for latent in latents]
 
 
 @contextmanager

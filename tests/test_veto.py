@@ -10,7 +10,12 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.vec_env import VecEnvWrapper
 from wrapping import (
+    QUESTIONS,
+    VECTOR,
     VERDICT,
     Toy,
     Witness,
@@ -29,11 +34,17 @@ from wrapping import (
 
 from sb3_qa import Number, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
+from sb3_qa.flight_log import FlightLog
+from sb3_qa.policies import qa_policy
+from sb3_qa.questions import TOLD
 from sb3_qa.truth import always, eventually, now
 from sb3_qa.wrappers import VecRandomVeto, VecVetoAction, VetoAction
+from sb3_qa.wrappers.substitutes import called
 from sb3_qa.wrappers.veto import is_catastrophe, safest
 
 RUIN = [Question("Will it crash at once after {action}?", eventually("crashed", within=1), name="ruin")]
+BOX = spaces.Box(-1, 2, (2,), np.float32)
+VECTORS = spaces.Dict({"other": spaces.Box(-1, 1, (2,), np.float32), "vector": VECTOR})
 ACTIONS = np.random.default_rng(3).integers(3, size=(40, 3))
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 NAN, INF = float("nan"), float("inf")
@@ -56,6 +67,49 @@ def once(env, action, seed=0):
     info = env.step(action)[4]
     np.testing.assert_array_equal(info["did"], info["qa/executed_action"])
     return info
+
+
+class Blinded(VecEnvWrapper):
+    """The second environment shows nans at the reset, or after so many steps, as told."""
+
+    def __init__(self, venv, when):
+        super().__init__(venv)
+        self.when = when
+
+    def reset(self):
+        self.n = 0
+        return self._blind(self.venv.reset())
+
+    def step_wait(self):
+        obs, *rest = self.venv.step_wait()
+        self.n += 1
+        return self._blind(obs), *rest
+
+    def _blind(self, obs):
+        if self.n in self.when:
+            (obs["vector"] if isinstance(obs, dict) else obs)[1, 2] = NAN
+        return obs
+
+
+def small(algorithm, action_space, observation_space=VECTOR, **arguments):
+    base = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    env = toys(action_space=action_space, observation_space=observation_space)
+    policy_kwargs = dict(questions=QUESTIONS, net_arch=[8], qa_net_arch=[16], **arguments.pop("policy_kwargs", {}))
+    return algorithm(qa_policy(algorithm, base), env, policy_kwargs=policy_kwargs, seed=0, device="cpu", **arguments)
+
+
+ON_POLICY = dict(n_steps=32, batch_size=32)
+BLINDED = {
+    "PPO discrete": lambda: small(PPO, spaces.Discrete(3), **ON_POLICY),
+    "PPO multi-discrete": lambda: small(PPO, spaces.MultiDiscrete([2, 3]), **ON_POLICY),
+    "PPO box": lambda: small(PPO, BOX, **ON_POLICY),
+    "PPO box, gSDE": lambda: small(PPO, BOX, use_sde=True, **ON_POLICY),
+    "PPO dict": lambda: small(PPO, BOX, VECTORS, **ON_POLICY),
+    "RecurrentPPO": lambda: small(RecurrentPPO, BOX, **ON_POLICY),
+    "SAC": lambda: small(SAC, BOX),
+    "SAC dict": lambda: small(SAC, BOX, VECTORS, buffer_size=10),
+    "TD3": lambda: small(TD3, BOX),
+}
 
 
 def steps(moments):
@@ -396,6 +450,34 @@ class TestNotFinite:
         assert info["qa/catastrophe"] is True
         assert info["did"] == 2
 
+    @pytest.mark.parametrize("options", [{}, dict(on_veto="policy"), dict(shadow=True), dict(on_veto=lambda obs, a: a)])
+    @pytest.mark.parametrize("make", BLINDED.values(), ids=BLINDED.keys())
+    def test_one_observation_that_is_not_finite_stops_no_other(self, make, options, tmp_path):
+        """Its environment goes on, flagged, as it was proposed; the others are judged as ever, and so is it afterwards."""
+        model = make()
+        qa, space = QuestionAnswerer.from_model(model), model.action_space
+        space.seed(1)
+        actions = [np.stack([space.sample() for _ in range(3)]) for _ in range(4)]
+        runs = []
+        for when in ((), (0, 2)):
+            venv = Blinded(toys(3, action_space=space, observation_space=model.observation_space), when)
+            record = tmp_path / f"{len(when)}.sqlite"
+            env = VecVetoAction(venv, "crash[k=3]", 0.0, qa=qa, record=record, **options)
+            env.seed(7)
+            with np.errstate(invalid="ignore"):
+                env.reset()
+                told = [env.reset_infos, *(env.step(chosen)[3] for chosen in actions)]
+                env.close()
+            runs.append(told)
+        for step, (row, seen) in enumerate(zip(runs[1], runs[0], strict=True)):
+            for i in (0, 2):
+                np.testing.assert_equal(row[i], seen[i])
+            blind = step in (0, 1, 3)  # at the reset, and in the steps from it and from the second step's end
+            assert np.isnan(row[1]["qa/risk"]) == blind
+            assert row[1]["qa/catastrophe"] is (step > 0)
+            if blind and step:
+                np.testing.assert_array_equal(row[1]["did"], actions[step - 1][1])
+
 
 class TestActionSpaces:
     """Each risk is the sigmoid of a sum over the action's parts, so the safest action is known."""
@@ -527,6 +609,26 @@ class TestActionSpaces:
                 "did"
             ]
             assert did[0] < -0.8
+
+    @pytest.mark.parametrize("name", ["PPO", "PPO, gSDE, squashed", "SAC", "TD3"])
+    def test_box_of_several_dimensions_by_policy(self, name):
+        """As of the same box laid flat."""
+        square, flat = spaces.Box(-2, 2, (2, 2), np.float32), spaces.Box(-2, 2, (4,), np.float32)
+        algorithm = dict(SAC=SAC, TD3=TD3).get(name, PPO)
+        arguments = ON_POLICY if algorithm is PPO else {}
+        squashed = dict(use_sde=True, policy_kwargs=dict(squash_output=True)) if "gSDE" in name else {}
+        told = []
+        for space in (square, flat):
+            model = small(algorithm, space, **arguments, **squashed)
+            qa = QuestionAnswerer.from_model(model)
+            env = VecVetoAction(toys(2, action_space=space), "crash[k=3]", 1.0, on_veto="policy", qa=qa)
+            env.rule.judge = lambda risk: np.ones(len(risk), bool)
+            env.seed(7)
+            env.reset()
+            infos = env.step(np.zeros((2, *space.shape), np.float32))[3]
+            assert all(info["qa/executed_action"].shape == space.shape for info in infos)
+            told.append([info["qa/executed_action"].ravel() for info in infos])
+        np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
 
     def test_the_policys_own_actions_are_among_the_candidates(self):
         """In six dimensions, 32 draws from the whole space come nowhere near to a policy that hardly varies."""

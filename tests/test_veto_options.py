@@ -95,6 +95,31 @@ class TestFallback:
             with pytest.raises(QAError, match=message):
                 form(env, "crash[k=3]", 0.5, on_veto=other, qa=qa)
 
+    def test_a_model_is_not_asked_where_nothing_is_known(self):
+        """It would refuse all observations for one; there the proposal stays."""
+        space = spaces.Box(-1, 2, (2,), np.float32)
+        model = PPO("MlpPolicy", toys(action_space=space), seed=3, device="cpu")
+        env = VecVetoAction(
+            toys(3, action_space=space), "crash[k=3]", 0.0, on_veto=model, qa=make_qa(action_space=space)
+        )
+        obs = env.reset()
+        expected = model.predict(obs, deterministic=True)[0]
+        obs[1, 0] = np.nan
+        env.rule.obs = obs
+        proposed = np.full((3, 2), 0.5, np.float32)
+        with np.errstate(invalid="ignore"):
+            infos = env.step(proposed)[3]
+        expected[1] = 0.5
+        np.testing.assert_array_equal([info["did"] for info in infos], expected)
+        assert [info["qa/vetoed"] for info in infos] == [True, False, True]
+
+    @pytest.mark.parametrize("given", [-1, 3, 1.5, np.nan])
+    def test_what_is_no_action(self, risks, given):
+        env = VetoAction(Toy(), "ruin", 0.5, on_veto=Always(given), qa=risks)
+        env.reset(seed=0)
+        with pytest.raises(QAError, match=r"fallback policy gave .*; expected an action of Discrete\(3\)"):
+            env.step(0)
+
     def test_actions_of_another_shape(self, risks):
         env = VetoAction(Toy(), "ruin", 0.5, on_veto=Always([1, 2]), qa=risks)
         env.reset(seed=0)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.certificate import Certificate
@@ -424,7 +426,13 @@ class VetoRule(AnswerRule):
     ) -> NDArray[Any]:
         """What would be executed instead in the environments at ``rows``."""
         if self._by_other:
-            return called(self.name, self.on_veto, self.obs, rows, actions, self.space)
+            instead, asked = actions.copy(), rows
+            # SB3's models refuse a whole batch for one observation that is not finite: there the proposal stays.
+            if isinstance(self.on_veto, (BaseAlgorithm, BasePolicy)):
+                asked = rows[np.isfinite(self.here.hidden[rows]).all(axis=1)]
+            if len(asked):
+                instead[asked] = called(self.name, self.on_veto, self.obs, asked, actions, self.space)
+            return instead[rows]
         assert self._listed is not None or options is not None
         assert risks is not None
         if options is None:
