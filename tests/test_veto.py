@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -298,11 +299,43 @@ class TestJudgement:
         assert len(given) == n_flagged > 20
         assert {type(action) for _, action in given} == {int}
 
-    def test_a_callable_that_gives_no_action(self, risks):
-        env = VetoAction(Toy(), "ruin", 0.5, on_veto=lambda obs, action: [1, 2], qa=risks)
+    @pytest.mark.parametrize("given", [[1, 2], -1, 3, 1.6, NAN, None, "1"], ids=str)
+    def test_a_callable_that_gives_no_action(self, risks, given):
+        env = VetoAction(Toy(), "ruin", 0.5, on_veto=lambda obs, action: given, qa=risks)
         env.reset(seed=0)
-        with pytest.raises(QAError, match=r"on_veto callable gave \[1, 2\]; expected an action of Discrete\(3\)"):
+        message = re.escape(f"on_veto callable gave {given!r}; expected an action of Discrete(3)")
+        with pytest.raises(QAError, match=message):
             env.step(0)
+
+    @pytest.mark.parametrize("given", [1, 1.0, True, np.int64(1), np.array(1), torch.tensor(1)], ids=repr)
+    def test_a_callable_that_gives_one_in_another_form(self, risks, given):
+        info = once(VetoAction(Toy(), "ruin", 0.5, on_veto=lambda obs, action: given, qa=risks), 0)
+        assert info["qa/executed_action"] == 1
+        assert info["qa/ruin"] == pytest.approx(0.2, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("space", "given"),
+        [
+            (spaces.MultiDiscrete([2, 3], start=[1, 1]), [1, 0]),
+            (spaces.MultiDiscrete([2, 3], start=[1, 1]), [3, 1]),
+            (spaces.MultiBinary(2), [0, 2]),
+            (spaces.Box(-1, 1, (2,), np.float32), [0.0, NAN]),
+            (spaces.Box(-INF, INF, (2,), np.float32), [0.0, INF]),
+        ],
+        ids=str,
+    )
+    def test_a_callable_that_leaves_the_space(self, space, given):
+        proposed = np.stack([space.sample()] * 2)
+        with pytest.raises(QAError, match="VetoAction's on_veto callable gave .*; expected an action of"):
+            called("VetoAction", lambda obs, action: given, np.zeros((2, 4)), np.arange(2), proposed, space)
+
+    def test_a_callable_outside_of_a_box_is_clipped(self):
+        space = spaces.Box(-1, 2, (2,), np.float32)
+        env = VetoAction(
+            Toy(space), "crash[k=3]", 0.0, on_veto=lambda obs, a: [9.9, -INF], qa=make_qa(action_space=space)
+        )
+        info = once(env, np.zeros(2, np.float32))
+        assert info["did"].tolist() == [2.0, -1.0]
 
     def test_a_question_about_the_state_with_a_callable(self, qa):
         """The risk is the one in the state the action is chosen in; the answer told is about the state arrived in."""

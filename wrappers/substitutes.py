@@ -136,22 +136,44 @@ def refined(here: Reading, question: str, actions: NDArray[Any], space: spaces.B
 def called(
     name: str, on_veto: Any, obs: Any, rows: NDArray[np.intp], proposed: NDArray[Any], space: Any
 ) -> NDArray[Any]:
-    """What a fallback policy or a callable executes instead in the environments at ``rows``: (len(rows), *action_shape)."""
+    """What a fallback policy or a callable executes instead in the environments at ``rows``: (len(rows), *action_shape).
+
+    :raises QAError: when that is no action of the space; what is outside of a box is clipped, as SB3 does
+    """
+    shape = proposed[rows].shape
     if isinstance(on_veto, Fallback):
         given, _ = on_veto.predict(row(obs, rows), deterministic=True)
-        expected, by = proposed[rows].shape, "fallback policy"
-        if np.shape(given) != expected:
+        if np.shape(given) != shape:
             raise QAError(
-                f"{name}'s {by} gave actions of shape {np.shape(given)}; expected {expected}, of {space}; give one for each observation"
+                f"{name}'s fallback policy gave actions of shape {np.shape(given)}; expected {shape}, of {space}; give one for each "
+                "observation"
             )
-        return np.asarray(given, proposed.dtype)
-    replacement = []
-    for i in rows.tolist():
-        given = on_veto(row(obs, i), plain(proposed[i]))
-        if np.shape(given) != np.shape(proposed[i]):
-            raise QAError(f"{name}'s on_veto callable gave {given!r}; expected an action of {space}; return one")
-        replacement.append(np.asarray(given, proposed.dtype))
-    return np.stack(replacement)
+    else:
+        given = [on_veto(row(obs, i), plain(proposed[i])) for i in rows.tolist()]
+    for one in given:
+        if np.shape(one) != shape[1:] or np.asarray(one).dtype.kind not in "biuf":
+            raise _no_action(name, on_veto, one, space)
+    actions = np.asarray(given)
+    if isinstance(space, spaces.Box):
+        actions = np.clip(actions, space.low, space.high)
+    within = _within(actions, space).reshape(len(actions), -1).all(axis=1)
+    if not within.all():
+        raise _no_action(name, on_veto, given[int(np.argmin(within))], space)
+    return actions.astype(proposed.dtype)
+
+
+def _within(actions: NDArray[Any], space: spaces.Space[Any]) -> Bools:
+    """Which parts (n, *action_shape) of actions can be taken."""
+    if isinstance(space, spaces.Box):
+        return np.isfinite(actions)
+    low = getattr(space, "start", 0)
+    n = space.n if isinstance(space, spaces.Discrete) else getattr(space, "nvec", 2)
+    return (actions >= low) & (actions < low + n) & (actions == np.floor(actions))
+
+
+def _no_action(name: str, on_veto: Any, given: Any, space: spaces.Space[Any]) -> QAError:
+    by = "fallback policy" if isinstance(on_veto, Fallback) else "on_veto callable"
+    return QAError(f"{name}'s {by} gave {given!r}; expected an action of {space}; return one")
 
 
 def check_fallback(
