@@ -170,6 +170,13 @@ class TestNoSafeAction:
         assert info["qa/no_safe_action"] is False
         assert info["did"] == 2
 
+    def test_what_the_environment_allows_is_all_there_is_where_nothing_is_known(self, qa):
+        env = VecVetoAction(toys(2), "crash[k=3]", 0.5, qa=qa)
+        env.reset()
+        env.rule.risk = lambda actions: np.array([[np.nan] * 3, [np.nan, 0.9, 0.8]], np.float32)
+        masks = env.rule.masks(np.array([[False, True, True], [True, True, False]]))
+        assert masks.tolist() == [[False, True, True], [False, True, False]]
+
 
 class TestRefine:
     """Gradient steps on the risk."""

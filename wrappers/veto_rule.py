@@ -328,10 +328,12 @@ class VetoRule(AnswerRule):
         if self.shadow or not self.ready() or not self._about_action:
             return possible
         self._possible = possible
-        risk = self.risk(None)
-        masks: Bools = possible & ~is_catastrophe(risk, self.threshold)
+        risk = np.where(possible, self.risk(None), np.float32(np.inf))
+        masks: Bools = ~is_catastrophe(risk, self.threshold)
         none = np.flatnonzero(~masks.any(axis=1))
-        masks[none, safest(np.where(possible, risk, np.inf))[none]] = True
+        masks[none, safest(risk)[none]] = True
+        blind = ~np.isfinite(risk).any(axis=1)
+        masks[blind] = possible[blind]
         if self.restraint.active:
             free = self.restraint.held_back(len(masks))
             masks[free] = possible[free]
