@@ -34,7 +34,9 @@ NAME_LENGTH = 24  # "qa/<name>/accuracy" must fit in the 36 characters that SB3'
 NUMBER_ATOMS = 32
 UNTAUGHT = -1  # the first column of a target that no columns are trained for
 # Names that are taken: what wrappers tell in info as "qa/<key>" themselves, and the arguments of Question.
-TOLD = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "raw_reward", "shaping_reward", "alarm")
+JUDGED = ("risk", "catastrophe", "vetoed", "proposed_action", "executed_action", "no_safe_action")
+RESTRAINED = ("substitute_catastrophe", "veto_withheld", "vetoes_left", "let_through", "let_through_probability")
+TOLD = (*JUDGED, *RESTRAINED, "raw_reward", "shaping_reward", "alarm")
 ARGUMENTS = ("self", "text", "truth", "answer", "name", "holdout")
 
 

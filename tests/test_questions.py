@@ -289,6 +289,11 @@ class TestNames:
         name = Question(text, now("a")).name
         assert Question("?", now("a"), name=name).name == name
 
+    @pytest.mark.parametrize("name", TOLD)
+    def test_what_wrappers_tell_is_taken(self, name):
+        with pytest.raises(QAError, match=f"name='{name}', as which wrappers tell 'qa/{name}' themselves"):
+            Question("?", now("a"), name=name)
+
     def test_what_wrappers_tell_is_free_where_slots_tell_it_apart(self):
         assert Question("In {k}?", SOON, name="risk", k=[1]).instances[0].key == "risk[k=1]"
 

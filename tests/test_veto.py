@@ -723,8 +723,32 @@ class TestNested:
         assert info["qa/proposed_action"] == 1
         assert info["qa/executed_action"] == 2
         assert info["qa/vetoed"] is True
-        assert info["qa/catastrophe"] is False
+        assert info["qa/catastrophe"] is True
         assert info["qa/risk"] == pytest.approx(0.2, rel=1e-5)
+
+    @pytest.mark.parametrize("shadow", [False, True])
+    def test_what_the_inner_one_tells_of_a_step_stays_told(self, risks, tmp_path, shadow):
+        """Of that step alone; and what the outer one records is its own judgement."""
+        inner = VetoAction(Toy(reuse=True), "ruin", 0.05, shadow=shadow, qa=risks)
+        env = VetoAction(inner, "ruin", 0.95, qa=risks, record=tmp_path / "flight.sqlite")
+        info = env.reset(seed=0)[1]
+        assert info["qa/catastrophe"] is info["qa/no_safe_action"] is False
+        info = env.step(1)[4]
+        assert info["qa/catastrophe"] is info["qa/no_safe_action"] is True
+        assert info["qa/vetoed"] is not shadow
+        inner.rule.threshold = 0.95
+        info = env.step(1)[4]
+        assert info["qa/catastrophe"] is info["qa/no_safe_action"] is info["qa/vetoed"] is False
+        env.close()
+        assert len(FlightLog(tmp_path / "flight.sqlite")) == 0
+
+    def test_all_that_is_told_is_taken_as_a_name(self, risks):
+        """So that no question's answer stands where a veto tells something else."""
+        env = VetoAction(
+            Toy(), "ruin", 0.5, on_veto=nought, penalty=1.0, cooldown=1, budget=2, let_through=0.1, qa=risks
+        )
+        told = {*env.reset(seed=0)[1], *env.step(0)[4]}
+        assert {key.removeprefix("qa/") for key in told if key.startswith("qa/")} - {"ruin"} == {*TOLD} - {"alarm"}
 
     def test_the_outer_one_tells_its_own_proposal(self, risks):
         env = VetoAction(
@@ -814,6 +838,7 @@ class TestRefused:
             (dict(on_veto="stop"), 'on_veto=\'stop\'; expected "safest", "policy" or a callable'),
             (dict(penalty=-1.0), "penalty=-1.0; expected a number, at least 0"),
             (dict(penalty=NAN), "penalty=nan"),
+            (dict(penalty=INF), "penalty=inf"),
             (
                 dict(question="danger"),
                 r"'danger', which is not about an action.*; expected \{action\}.*; or give on_veto a callable",

@@ -121,7 +121,7 @@ class VetoRule(AnswerRule):
                 f'{name} got on_veto={on_veto!r}; expected "safest", "policy" or a callable (obs, proposed_action) -> action, '
                 "or a model with predict(); give one of them"
             )
-        if isinstance(penalty, bool) or not isinstance(penalty, Real) or not penalty >= 0.0:
+        if isinstance(penalty, bool) or not isinstance(penalty, Real) or not 0.0 <= penalty < np.inf:
             raise QAError(
                 f"{name} got penalty={penalty!r}; expected a number, at least 0; it is taken from the reward of a vetoed step"
             )
@@ -321,7 +321,8 @@ class VetoRule(AnswerRule):
         return is_catastrophe(risk, self.threshold)
 
     def masks(self, possible: Bools) -> Bools:
-        """Which actions (n, n_actions) may be sampled: those that would not be vetoed, or else the safest.
+        """Which actions (n, n_actions) may be sampled: those that would not be vetoed, or else the safest; all that are
+        possible, where nothing is known of any.
 
         :param possible: (n, n_actions), those the environment allows
         """
@@ -374,7 +375,10 @@ class VetoRule(AnswerRule):
         )
         by_other = self._by_other
         for i, (info, told, r, flag, veto, before, after, unsafe) in enumerate(rows):
+            # What a veto further in has told of this step stays told.
+            flag = flag or bool(info.get("qa/catastrophe", False))
             veto = veto or bool(info.get("qa/vetoed", False))
+            unsafe = unsafe or bool(info.get("qa/no_safe_action", False))
             info.update(told, **verdict(r, flag, veto, before, after, unsafe))
             if judged.decision is not None:
                 info.update(self.restraint.told(i, judged.decision))
