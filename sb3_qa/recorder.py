@@ -144,7 +144,7 @@ class FlightRecorder:
     frames: bool
     delay: float
     lost: int
-    """Events that could not be written, since the last that could."""
+    """Events that could not be written, since the last that could; those for a file that was deleted or renamed are among them."""
 
     def __init__(
         self,
@@ -184,6 +184,7 @@ class FlightRecorder:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._process = 0
+        self._file: tuple[int, int] | None = None  # which one is open
         self._writes = 0
         self._wait_until = 0.0
         self._said = False
@@ -305,6 +306,10 @@ class FlightRecorder:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None and self._process == os.getpid():
+            if _identity(self.path) != self._file:  # what is written now, nobody would find
+                with suppress(sqlite3.Error):  # all that is known goes into a file that was renamed
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                raise sqlite3.OperationalError("it was deleted or renamed while it was open")
             return self._connection
         if self._connection is not None:
             _OF_PARENTS.append(self._connection)
@@ -314,7 +319,7 @@ class FlightRecorder:
         except BaseException:
             db.close()
             raise
-        self._connection, self._process = db, os.getpid()
+        self._connection, self._process, self._file = db, os.getpid(), _identity(self.path)
         return db
 
     def _set_up(self, db: sqlite3.Connection) -> None:
@@ -389,6 +394,15 @@ class FlightRecorder:
                 error,
                 RETRY,
             )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another of its name; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _patiently(db: sqlite3.Connection, statement: str) -> None:

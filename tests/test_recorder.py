@@ -774,6 +774,38 @@ class TestFailing:
         env.close()
         assert len(FlightLog(path)) == 1
 
+    @pytest.mark.parametrize("how", ["renamed", "deleted", "replaced"])
+    def test_a_file_of_which_the_name_is_gone(self, path, caplog, how):
+        """What was written is in the file that was renamed; what comes then is counted as lost, and not in silence."""
+        qa = make_risks([0.9, 0.2, 0.1])
+        env = VetoAction(Toy(length=50), "ruin", 0.5, qa=qa, record=FlightRecorder(path, delay=0))
+        env.reset(seed=0)
+        for _ in range(4):
+            env.step(0)
+        away = path.with_name("away.sqlite")
+        os.replace(path, away)
+        if how == "deleted":
+            away.unlink()
+        elif how == "replaced":
+            path.write_bytes(b"")
+        recorder = env.rule.evidence.recorder
+        with caplog.at_level(logging.ERROR):
+            for _ in range(3):
+                assert env.step(0)[4]["qa/vetoed"] is True
+        assert recorder.lost == 3
+        (said,) = caplog.records
+        assert "it was deleted or renamed while it was open); flags and vetoes go on, UNRECORDED" in said.getMessage()
+        if how == "renamed":
+            assert len(FlightLog(away)) == 4
+            os.replace(away, path)
+            recorder._wait_until = 0.0
+            env.step(0)
+            env.close()
+            with FlightLog(path) as log:
+                assert len(log) == 5
+                assert log.counts["lost"] == 3
+        env.close()
+
     @pytest.mark.parametrize(
         ("make", "message"),
         [
