@@ -42,12 +42,11 @@ class EpisodeLog:
 
     def step(self, infos: Sequence[Mapping[str, Any]], rewards: NDArray[Any], dones: NDArray[np.bool_]) -> None:
         """Take in one step of every environment, with the rewards the agent is given."""
-        if "qa/catastrophe" in infos[0]:
-            for key, told in self._flags.items():
-                told.extend([info[key] for info in infos])
-        if "qa/raw_reward" in infos[0]:
+        for key, told in self._flags.items():
+            told.extend([info[key] for info in infos if key in info])
+        if any("qa/raw_reward" in info for info in infos):
             for i, info in enumerate(infos):
-                self._returns[:, i] += info["qa/raw_reward"], rewards[i]
+                self._returns[:, i] += info.get("qa/raw_reward", rewards[i]), rewards[i]
                 if dones[i]:
                     self._finished.append(self._returns[:, i].copy())
                     self._returns[:, i] = 0.0

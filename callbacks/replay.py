@@ -91,8 +91,8 @@ class Replay(Recorder):
         if self.buffer.optimize_memory_usage:
             step = len(self._actions) - 1
             for env in np.flatnonzero(self._truncated[step]).tolist():
-                self._keep_end(position, env, self._raw_obs(self._last_obs[step, env]))
-        if self.executed and "qa/executed_action" in local["infos"][0]:
+                self._keep_end(position, env, self._as_kept(self._last_obs[step, env]))
+        if self.executed and any("qa/executed_action" in info for info in local["infos"]):
             local["buffer_actions"][:] = self._as_stored(self._actions[-1])
         if len(self._positions) >= self._ahead - 1 + self._block:
             if self._cut_short:
@@ -166,6 +166,11 @@ class Replay(Recorder):
         """Observations that the buffer keeps, as the policy sees them."""
         return self._policy_sees(row(kept, np.divmod(rows, self.buffer.n_envs)))
 
+    def _as_kept(self, obs: Any) -> Any:
+        """Observations that the policy sees, as the buffer keeps them."""
+        normalize = self.model._vec_normalize_env
+        return obs if normalize is None else normalize.unnormalize_obs(obs)
+
     def _policy_sees(self, obs: Any) -> Any:
         obs = as_seen(self.model.observation_space, obs)
         return self.buffer._normalize_obs(obs, self.model._vec_normalize_env)
@@ -177,7 +182,7 @@ class Replay(Recorder):
     def _keep_newest(self, obs: Any) -> None:
         """The states that the environments are in, where labels are about to go on from them."""
         if self.buffer.optimize_memory_usage:
-            obs, going = self._raw_obs(obs), ~(self._terminated[-1] | self._truncated[-1])
+            obs, going = self._as_kept(obs), ~(self._terminated[-1] | self._truncated[-1])
             for env in np.flatnonzero(going).tolist():
                 self._keep_end(self._positions[-1], env, obs[env])
 

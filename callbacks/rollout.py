@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.base_rates import BaseRates
@@ -34,7 +32,7 @@ from sb3_qa.rare_events import RareEventMemory, Remembered
 from sb3_qa.sampling import SHARDS, SampledLabels, drawn
 from sb3_qa.truth import Step
 from sb3_qa.units import own_units
-from sb3_qa.wrappers.shell import VecQAWrapper, row, stack
+from sb3_qa.wrappers.shell import Rule, own_rewards, row, stack
 
 __all__ = ["Recorder", "Rollout"]
 
@@ -64,13 +62,10 @@ class Recorder:
         self.pictures: Pictures | None = None
         self._checked = False
         self._told_of: set[str] = set()
-        env = model.get_env()
-        assert env is not None
-        self._normalize_inside = _normalize_inside(env)
         self._known = self._begins()  # not where learn() is called again, in the middle of an episode
         windows = [t for t in self.catalogue.targets if t.kind != "event" and (t.horizon or 1) > 1]
-        self._ages = CutAges(env.num_envs, self._known) if windows else None
-        self._arrived = self._first_steps(self._reset_infos(), model._last_obs, range(env.num_envs))
+        self._ages = CutAges(model.n_envs, self._known) if windows else None
+        self._arrived = self._first_steps(self._reset_infos(), model._last_obs, range(model.n_envs))
         self._read_state()
         self.start()
         untaught = answerer.policy.qa_joint.coef > 0 and self._head.n_updates.item() == 0
@@ -118,8 +113,7 @@ class Recorder:
         """Take in one step from the local variables of ``collect_rollouts``."""
         infos, dones = local["infos"], local["dones"]
         actions = local.get("clipped_actions", local["actions"])
-        if "qa/executed_action" in infos[0]:
-            actions = np.stack([np.asarray(info["qa/executed_action"]) for info in infos])
+        actions = Rule.executed(actions, infos)
         ended = dones.nonzero()[0]
         truncated = np.zeros(len(dones), np.bool_)
         for i in ended.tolist():
@@ -154,13 +148,13 @@ class Recorder:
         self, local: dict[str, Any], actions: NDArray[Any], terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
     ) -> list[Step]:
         infos = local["infos"]
-        obs, rewards = self._raw_obs(local["new_obs"]), self._raw_rewards(local["rewards"], infos)
+        obs, rewards = self._raw_obs(local["new_obs"]), own_rewards(self.model.get_env(), local["rewards"], infos)
         done = terminated | truncated
         return [
             Step(
                 self._raw_obs(info["terminal_observation"]) if done[i] else row(obs, i),
                 actions[i],
-                float(rewards[i]),
+                rewards[i],
                 bool(terminated[i]),
                 bool(truncated[i]),
                 info,
@@ -181,7 +175,7 @@ class Recorder:
     def _truths(self) -> tuple[list[EventTimes], list[Floats], Cuts]:
         """What became known of each target: of events and yes/no questions, and of choices and numbers; all (n_steps, n_envs)."""
         if not self._checked:
-            self.reader.check_seen({})
+            self.reader.check_seen(self._arrived[0][0])
             self._checked = True
         facts, state_facts = np.stack(self._next_facts), np.stack(self._state_facts)
         terminated, truncated = np.stack(self._terminated), np.stack(self._truncated)
@@ -257,14 +251,8 @@ class Recorder:
         return [(infos[i], Step(row(raw, i), None, 0.0, False, False, infos[i])) for i in index]
 
     def _raw_obs(self, obs: Any) -> Any:
-        """Observations before VecNormalize, for facts in the environment's own units."""
+        """Observations as facts are about them: before SB3's wrappers."""
         return own_units(self.model.get_env(), obs)
-
-    def _raw_rewards(self, rewards: Any, infos: Sequence[Mapping[str, Any]]) -> Any:
-        """The environment's own rewards: before shaping wrappers, and before VecNormalize."""
-        if self._normalize_inside is not None:
-            return self._normalize_inside.get_original_reward()
-        return [info.get("qa/raw_reward", reward) for info, reward in zip(infos, rewards, strict=True)]
 
 
 class Rollout(Recorder):
@@ -409,15 +397,3 @@ class Rollout(Recorder):
         at_end = (cuts.step + 1 == model.rollout_buffer.buffer_size)[:, None]
         hidden, cell, hidden_vf, cell_vf = (np.where(at_end, b, a) for a, b in zip(kept, last, strict=True))
         return Memory((hidden, cell, hidden_vf, cell_vf), np.zeros(len(cuts.step), np.bool_))
-
-
-def _normalize_inside(env: Any) -> VecNormalize | None:
-    """The VecNormalize that rewards pass before any shaping wrapper, if there is one."""
-    found = None
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecQAWrapper):
-            found = None
-        elif isinstance(env, VecNormalize):
-            found = env
-        env = env.venv
-    return found

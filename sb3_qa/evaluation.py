@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.answers import Answer, ChoiceAnswer, YesNoAnswer
@@ -36,7 +36,7 @@ from sb3_qa.scores import (
 )
 from sb3_qa.truth import Fact, Step
 from sb3_qa.units import own_units
-from sb3_qa.wrappers.shell import VecQAWrapper, qa_wrappers, row
+from sb3_qa.wrappers.shell import VecQAWrapper, own_rewards, qa_wrappers, row
 from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = [
@@ -472,7 +472,6 @@ class _Raw:
 
     def __init__(self, venv: VecEnv) -> None:
         self.venv = venv
-        self.normalize = unwrap_vec_normalize(venv)
 
     def first(self, obs: Any, index: Any) -> list[Step]:
         infos: Sequence[Mapping[str, Any]] = self.venv.unwrapped.reset_infos  # SB3's wrappers do not pass them on
@@ -481,15 +480,12 @@ class _Raw:
 
     def steps(self, obs: Any, actions: Any, rewards: Any, dones: Any, infos: Sequence[dict[str, Any]]) -> list[Step]:
         raw = self._obs(obs)
-        if self.normalize is not None and self.normalize.norm_reward:
-            rewards = self.normalize.get_original_reward()
-        steps = []
+        rewards, steps = own_rewards(self.venv, rewards, infos), []
         for i, info in enumerate(infos):
             cut = bool(dones[i]) and bool(info.get("TimeLimit.truncated", False))
             arrived = self._obs(info["terminal_observation"]) if dones[i] else row(raw, i)
             action = info.get("qa/executed_action", actions[i])
-            reward = float(info.get("qa/raw_reward", rewards[i]))
-            steps.append(Step(arrived, action, reward, bool(dones[i]) and not cut, cut, info))
+            steps.append(Step(arrived, action, rewards[i], bool(dones[i]) and not cut, cut, info))
         return steps
 
     def _obs(self, obs: Any) -> Any:

@@ -17,10 +17,26 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
-from wrapping import BOTH, IMAGE, KEYS, VECTOR, Toy, Witness, answer, assert_same, make_model, run_vec, toys
+from wrapping import (
+    BOTH,
+    IMAGE,
+    KEYS,
+    QUESTIONS,
+    VECTOR,
+    Toy,
+    Witness,
+    answer,
+    assert_same,
+    copied,
+    make_model,
+    run_vec,
+    toys,
+)
 
-from sb3_qa import QAError, QuestionAnswerer
+from sb3_qa import QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
+from sb3_qa.evaluation import run_episodes
+from sb3_qa.truth import eventually, now
 from sb3_qa.wrappers import (
     AnswerQuestions,
     ShapeReward,
@@ -59,6 +75,18 @@ def stack(env):
 transpose = VecTransposeImage
 
 
+class Diary(gym.Wrapper):
+    """Tells what the environment itself gave."""
+
+    def reset(self, **arguments):
+        obs, info = self.env.reset(**arguments)
+        return obs, {**info, "own": (copied(obs), 0.0)}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, {**info, "own": (copied(obs), reward)}
+
+
 def nest(order, kind):
     """The environment of an order, from the outside in: "stack(qa(env))" or, with the single forms, "stack(qa env)"."""
 
@@ -76,8 +104,8 @@ def nest(order, kind):
     }
     names |= {
         "monitor": VecMonitor,
-        "env": toys(2, observation_space=space),
-        "qa_env": toys(2, single, observation_space=space),
+        "env": toys(2, Diary, observation_space=space),
+        "qa_env": toys(2, lambda toy: single(Diary(toy)), observation_space=space),
     }
     return eval(order, names)
 
@@ -92,10 +120,10 @@ class Flat(BaseFeaturesExtractor):
         return torch.cat([part.flatten(1) for part in obs.values()], dim=1)
 
 
-def make(order, kind):
-    if kind == "dict":
-        return make_model(nest(order, kind), "MultiInputPolicy", policy_kwargs=dict(features_extractor_class=Flat))
-    return make_model(nest(order, kind), "CnnPolicy" if kind == "large image" else "MlpPolicy")
+def make(order, kind, questions=QUESTIONS):
+    base = {"dict": "MultiInputPolicy", "large image": "CnnPolicy"}.get(kind, "MlpPolicy")
+    more = dict(policy_kwargs=dict(features_extractor_class=Flat)) if kind == "dict" else {}
+    return make_model(nest(order, kind), base, questions, **more)
 
 
 WORKS = [
@@ -155,6 +183,65 @@ def test_what_is_told_is_about_what_the_policy_saw(kind, order):
     wrappers = [wrapper for wrapper, _ in qa_wrappers(model.get_env())]
     assert len(wrappers) == (6 if "qa_env" in order else 3)
     assert all(wrapper.rule.qa is not None for wrapper in wrappers)
+
+
+MORE = [
+    ("vector", "qa(normalize_rewards(qa(env)))"),
+    ("vector", "qa(normalize_rewards(qa_env))"),
+    ("vector", "normalize_rewards(stack(normalize(env)))"),
+    ("image", "stack(transpose(env))"),
+    ("image", "normalize(stack(transpose(env)))"),
+    ("dict", "stack(transpose(normalize(env)))"),
+]
+
+
+@pytest.mark.parametrize(("kind", "order"), WORKS + LARGE_IMAGES + DICTS + MORE)
+def test_facts_are_about_what_the_environment_gives(kind, order, tmp_path, caplog):
+    """Rewards before any shaping and normalisation, observations before every wrapper; of stacked ones the newest frame is last."""
+    arrived = []
+
+    def own(step):
+        obs, reward = step.info["own"]
+        assert step.reward == pytest.approx(reward, rel=1e-5)
+        for seen, given in zip(*([x.values() if isinstance(x, dict) else [x] for x in (step.obs, obs)]), strict=True):
+            np.testing.assert_allclose(seen[..., -given.shape[-1] :], given, rtol=1e-4, atol=1e-3)
+        arrived.append(step)
+        return False
+
+    model = make(
+        order, kind, [*QUESTIONS, Question("Is it its own, after {action}?", eventually(own, within=1), name="own")]
+    )
+    model.learn(64, QACallback())
+    assert len(arrived) == 2 * 32 + 2 + 11  # steps, and first states
+    env, live = model.get_env(), QuestionAnswerer.from_model(model)
+    assert run_episodes(model, env, 4, catastrophe=own).catastrophes.sum() == 0
+    arrived.clear()
+    recorded = VecVetoAction(env, "own", 0.5, qa=live, record=tmp_path / "flight.sqlite")
+    recorded.reset()
+    for _ in range(7):
+        recorded.step(np.ones(2, np.int64))
+    assert len(arrived) == 14
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("strike", "n_lost"), [(3, 0), (40, 1)])
+def test_what_is_rare_is_seen_though_normalised_observations_are_clipped(strike, n_lost, caplog):
+    """Of the last state of an episode VecNormalize keeps nothing: that it was clipped is said."""
+
+    class Struck(gym.Wrapper):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            struck = self.env._steps == strike
+            return np.float32([0, 0, 0, struck]), reward, terminated, truncated, {**info, "struck": struck}
+
+    arrived = []
+    read = Question("Struck?", now(lambda step: arrived.append(step) or bool(step.obs[3] > 0.5)), name="struck")
+    env = VecNormalize(DummyVecEnv([lambda: Struck(Toy(length=40))]), clip_obs=2.0)
+    env.obs_rms.var[:], env.obs_rms.count = 1e-4, 1e9  # what has hardly ever been anything else
+    make_model(env, questions=[read]).learn(64, QACallback())
+    right = [bool(step.obs[3] > 0.5) == step.info["struck"] for step in arrived if "struck" in step.info]
+    assert len(right) == 64 and right.count(False) == n_lost
+    assert caplog.text.count("VecNormalize has clipped the last observation") == n_lost
 
 
 @pytest.mark.parametrize(

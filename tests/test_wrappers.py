@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
@@ -523,6 +523,27 @@ class TestBinding:
     def test_missing_file(self, tmp_path):
         with pytest.raises(QAError, match="there is no file"):
             AnswerQuestions(Toy(), qa=tmp_path / "nothing.qa")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_environments_with_other_wrappers_side_by_side(first):
+    """Labels are of the actions executed, and what is logged is of those that tell it."""
+
+    made = [lambda: ShapeReward(VetoAction(Toy(), "crash[k=3]", 0.0, on_veto=lambda obs, action: 2), WEIGHTS), Toy]
+    model = make_model(DummyVecEnv(made if first else made[::-1]))
+    joint, witness, labelled, flags = QACallback(), Witness(keys=[]), [], []
+
+    def look(*_):
+        labelled.append(joint._recorder._actions[-1])
+        flags[:] = joint._recorder.episodes._flags["qa/catastrophe"]
+        return True
+
+    model.learn(64, [joint, ConvertCallback(look), witness])
+    did = np.array([[info["did"] for info in infos] for infos in witness.infos])
+    np.testing.assert_array_equal(labelled, did)
+    vetoed, free = did.T if first else did.T[::-1]
+    assert (vetoed == 2).all() and (free != 2).any()
+    assert flags == [True] * 32
 
 
 class TestEvaluation:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,7 @@ from sb3_qa.memory import Memory
 from sb3_qa.sharing import SharedAnswerer
 from sb3_qa.wrappers.specification import specified
 
-__all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "qa_wrappers"]
+__all__ = ["Arrival", "QAWrapper", "Rule", "VecQAWrapper", "own_rewards", "qa_wrappers"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ class Rule:
         """What a recurrent policy remembers of each environment when it sees ``obs``; None of other policies."""
         self.own = qa is not None
         self._stepped = False  # whether there have been steps since the last reset of all environments
+        self.told_inside: list[float | None] | None = None
+        """The rewards that wrappers further in have told to be the environment's own; None of a rule that has changed none."""
         self.acting: NDArray[np.bool_] | bool = True
         """Which environments execute their action; one that is about to reset itself ignores it, and nothing is vetoed there."""
 
@@ -188,12 +190,14 @@ class Rule:
 
     def tell_rewards(self, before: NDArray[Any], arrival: Arrival, replaced: NDArray[Any] | None = None) -> None:
         """Tell what the environment's own reward was, and what all wrappers so far have added to it (or put in its place)."""
+        self.told_inside = [info.get("qa/raw_reward") for info in arrival.infos]
         for i, info in enumerate(arrival.infos):
             info.setdefault("qa/raw_reward", float(before[i]))
             added = info.get("qa/shaping_reward", 0.0) + float(arrival.rewards[i]) - float(before[i])
             info["qa/shaping_reward"] = added if replaced is None else float(replaced[i])
 
-    def executed(self, actions: NDArray[Any], infos: list[Info]) -> NDArray[Any]:
+    @staticmethod
+    def executed(actions: NDArray[Any], infos: Sequence[Info]) -> NDArray[Any]:
         """The actions that were really executed, should a veto further in have replaced some."""
         if not any("qa/executed_action" in info for info in infos):
             return actions
@@ -317,6 +321,13 @@ class QAWrapper(gym.Wrapper[Any, Any, Any, Any]):
         rule.moved(arrival)
         return obs, float(arrival.rewards[0]), terminated, truncated, arrival.infos[0]
 
+    @property
+    def unbound(self) -> str | None:
+        """What a step without an answerer does, "error" or "pass", where this wrapper or one further in has none."""
+        inner = self.env.get_wrapper_attr("unbound") if self.env.has_wrapper_attr("unbound") else None
+        own = self.rule.unbound if self.rule.qa is None else None
+        return "error" if "error" in (own, inner) else own or inner
+
     def _begin(self) -> None:
         told = self.rule.begin(np.zeros(1, np.intp))[0]
         if self._first_info is not None:
@@ -432,6 +443,27 @@ def qa_wrappers(env: Any) -> Iterator[tuple[QAWrapper | VecQAWrapper, list[Any]]
                         yield single, list(outside)
                     outside.append(single)
                     single = single.env
+
+
+def own_rewards(env: Any, rewards: NDArray[Any], infos: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rewards of the last step as the environment itself gave them: before any shaping, and before ``VecNormalize``.
+
+    :param env: what gave the rewards
+    """
+    normalize: VecNormalize | None = None
+    around: Rule | None = None  # the innermost that changes rewards outside of it
+    shaping: Rule | None = None
+    for wrapper in _chain(env):
+        if isinstance(wrapper, VecNormalize):
+            normalize, around = wrapper, shaping
+        elif isinstance(wrapper, VecQAWrapper) and wrapper.rule.told_inside is not None:
+            shaping = wrapper.rule
+    if normalize is not None:
+        rewards = normalize.get_original_reward()
+    told = [info.get("qa/raw_reward") for info in infos]
+    if around is not None and around.told_inside is not None:  # what it told is the normalised reward
+        told = around.told_inside
+    return [float(reward if own is None else own) for reward, own in zip(rewards, told, strict=True)]
 
 
 def check_around(wrapper: QAWrapper | VecQAWrapper, around: list[Any]) -> None:

@@ -13,8 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.facts import fact_of_slots
 from sb3_qa.truth import Step
-from sb3_qa.units import observation_normalizer, own_units
-from sb3_qa.wrappers.shell import Arrival, row
+from sb3_qa.units import own_units
+from sb3_qa.wrappers.shell import Arrival, own_rewards, row
 
 __all__ = ["Fact", "Ring", "Stretch", "by_name", "environments_in", "frames_of", "seed_of"]
 
@@ -116,26 +116,13 @@ class Fact:
 
     def _steps(self, arrival: Arrival, executed: NDArray[Any], env: Any) -> list[Step]:
         """Steps in the environment's own units, as facts are about them."""
-        obs, rewards, done, terminated = (
-            arrival.obs,
-            arrival.rewards,
-            arrival.done.tolist(),
-            arrival.terminated.tolist(),
-        )
-        normalize = observation_normalizer(env)
-        if normalize is not None:
-            obs = own_units(env, obs)
-            if normalize.norm_reward:
-                rewards = normalize.get_original_reward()
-        whole, steps = not isinstance(obs, dict), []
-        for i, (info, reward, done_, over) in enumerate(
-            zip(arrival.infos, rewards.tolist(), done, terminated, strict=True)
-        ):
-            arrived = obs[i] if whole else row(obs, i)
+        obs, done, terminated = own_units(env, arrival.obs), arrival.done.tolist(), arrival.terminated.tolist()
+        rewards = own_rewards(env, arrival.rewards, arrival.infos)
+        steps = []
+        for i, (info, reward, done_, over) in enumerate(zip(arrival.infos, rewards, done, terminated, strict=True)):
+            arrived = row(obs, i)
             if done_ and "terminal_observation" in info:
-                arrived = info["terminal_observation"]
-                arrived = arrived if normalize is None else own_units(env, arrived)
-            reward = info.get("qa/raw_reward", reward)
+                arrived = own_units(env, info["terminal_observation"])
             steps.append(Step(arrived, executed[i], reward, over, done_ and not over, info))
         return steps
 
