@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from os import PathLike
@@ -14,9 +15,9 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import QuestionAnswerer, names_in
 from sb3_qa.buffers import label_rows, still_holds, stop_labelling
 from sb3_qa.callbacks.pictures import Pictures, draws, log_hparams
 from sb3_qa.callbacks.replay import Replay
@@ -27,10 +28,13 @@ from sb3_qa.question_file import dump_questions
 from sb3_qa.questions import Catalogue
 from sb3_qa.rare_events import RareEventMemory
 from sb3_qa.taps import CRITIC_ONLY, of_family, plain
+from sb3_qa.units import observation_normalizer
 from sb3_qa.wrappers.shape import ShapeRule
-from sb3_qa.wrappers.shell import VecQAWrapper, check_around, qa_wrappers
+from sb3_qa.wrappers.shell import QAWrapper, VecQAWrapper, check_around, qa_wrappers
 
 __all__ = ["QACallback", "bind_wrappers", "eval_callbacks"]
+
+log = logging.getLogger(__name__)
 
 PASSES = 3  # over each transition that teach, at least, where an algorithm makes as many
 LOSSES = 8  # measured minibatches that an off-policy algorithm's losses are averaged over for the log
@@ -124,9 +128,19 @@ class QACallback(BaseCallback):
             self.memory.check(self._policy.qa_head.catalogue)
 
     def _on_training_start(self) -> None:
+        if self.parent is not None:
+            outer = type(self.parent).__name__
+            raise QAError(
+                f"QACallback stands inside {outer}, which calls it once in a while; expected a call at every step, as facts are recorded "
+                f"step by step; put it beside: callback=[QACallback(), {outer}(...)]"
+            )
         model = self.model
         if isinstance(model, OnPolicyAlgorithm):
             _check_horizons(self._policy.qa_head.catalogue, model.n_steps)
+        # With the model, which may be loaded without an environment: `from_model` looks there.
+        env = model.get_env()
+        model.qa_normalized = observation_normalizer(env) is not None  # type: ignore[attr-defined]
+        model.qa_action_names = names_in(env)  # type: ignore[attr-defined]
         answerer = QuestionAnswerer.from_model(model)
         bind_wrappers(model.get_env(), answerer, model.gamma)  # type: ignore[attr-defined]
         _check_same_observations(model.get_env(), model._last_obs)
@@ -230,6 +244,26 @@ def bind_wrappers(env: VecEnv | None, answerer: QuestionAnswerer, gamma: float |
         if isinstance(rule, ShapeRule) and rule.gamma is None:
             rule.discount = gamma
         wrapper.bind(answerer)
+    _check_workers(env)
+
+
+def _check_workers(env: VecEnv | None) -> None:
+    """Look for wrappers in other processes, which cannot be bound from here.
+
+    :raises QAError: when one needs an answerer; one that lets steps pass without is warned of
+    """
+    if env is None or not isinstance(env.unwrapped, SubprocVecEnv):
+        return
+    wrapped = [i for i, found in enumerate(env.env_is_wrapped(QAWrapper)) if found]
+    lacking = {each for each in env.get_attr("unbound", wrapped) if each} if wrapped else set()
+    message = (
+        "a wrapper inside of a sub-process has no answerer, and cannot be given the one that learns here; expected one; put it outside: "
+        'VecVetoAction(SubprocVecEnv(...)), or give it qa="saved.qa" or qa=answerer.share()'
+    )
+    if "error" in lacking:
+        raise QAError(message)
+    if lacking:
+        log.warning("%s. Until then every step passes it", message)
 
 
 def _check_same_observations(env: VecEnv | None, seen: Any) -> None:

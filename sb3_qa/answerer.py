@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_qa.answers import Answer
 from sb3_qa.errors import QAError
@@ -308,7 +308,11 @@ class QuestionAnswerer:
                 f"{type(model).__name__}(qa_policy({type(model).__name__}), env, policy_kwargs=dict(questions=[...]))"
             )
         env = model.get_env()
-        return cls(model.policy, _names_in(env), observation_normalizer(env) is not None, target=target)
+        # What it has learnt from counts, whatever it is asked about now.
+        normalized: bool = getattr(model, "qa_normalized", observation_normalizer(env) is not None)
+        given: list[str] | None = model.policy.action_names  # type: ignore[assignment]
+        names = given or names_in(env) or getattr(model, "qa_action_names", None)
+        return cls(model.policy, names, normalized, target=target)
 
     @classmethod
     def load(
@@ -592,13 +596,17 @@ def _contents(obs: Any) -> Any:
     return array.shape, array.dtype, array.tobytes()
 
 
-def _names_in(env: Any) -> list[str] | None:
+def names_in(env: Any) -> list[str] | None:
     """Names of the actions, where the environment has them: highway-env, ALE and MiniGrid each in its way."""
     if env is None or not isinstance(env.action_space, spaces.Discrete):
         return None
-    if not isinstance(env.unwrapped, DummyVecEnv):  # asking another process for what it has not may end it
-        return None
     n = int(env.action_space.n)
+    if isinstance(env.unwrapped, SubprocVecEnv):  # a process ends where it is asked for what cannot be sent
+        meant = env.env_method("get_action_meanings", indices=0)[0] if env.has_attr("get_action_meanings") else []
+        names = [str(name) for name in meant]
+        return names if len(names) == n and len(set(names)) == n else None
+    if not isinstance(env.unwrapped, DummyVecEnv):
+        return None
     ways: dict[str, Callable[[Any], list[Any]]] = {
         "action_type": lambda kind: list(kind.actions.values()),
         "get_action_meanings": lambda get: list(get()),

@@ -967,6 +967,21 @@ class TestGuard:
         # A fact that is told only when it happens was not known before, and that one is.
         assert self.watched(certificate, qa, [0, 0], [None, 1], shadow=False) == (1, 1)
 
+    def test_before_a_fact_is_told_that_is_told_only_when_it_happens_it_had_not(self, certificate, qa):
+        counts = []
+        for told_always in (True, False):
+            guard = Guard(certificate, shadow=False)
+            guard.bind(qa)
+            guard.begin(np.arange(2))
+            for n in range(90):  # episodes of 3 and 4 steps; the last but some ends in an unflagged catastrophe
+                done = np.array([n % 3 == 2, n % 4 == 3])
+                happened = np.array([n == 80, False])
+                known = happened if told_always or n >= 80 else None
+                guard.watch(np.zeros(2, np.bool_), Arrival(None, np.zeros(2), done, done, [{}, {}]), known)
+                guard.begin(np.flatnonzero(done))
+            counts.append((guard.monitor.count, guard.monitor.events, guard.monitor.alarm))
+        assert counts[0] == counts[1] == (30 + 22, 1, False)
+
     def test_an_episode_that_goes_on_and_on_does_not_silence_it(self, certificate, qa):
         """It is waited for by a hundred others, and counted when it ends; the rest in the order of their beginnings."""
         guard = Guard(certificate, shadow=False)

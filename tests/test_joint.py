@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from noise import ACTIONS, POLICIES, QUESTIONS, SPACES, make_env
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
@@ -465,6 +465,15 @@ def test_learning_without_callback_says_so_and_stops() -> None:
 def test_callback_without_questions_says_so() -> None:
     with pytest.raises(QAError, match=r"qa_policy\(PPO\)"):
         make_model(qa=False).learn(72, callback=QACallback())
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_callback_that_is_called_once_in_a_while_is_refused(algorithm: Any, listed: bool) -> None:
+    model = make_model(algorithm)
+    inner = CallbackList([QACallback()]) if listed else QACallback()
+    with pytest.raises(QAError, match=r"inside EveryNTimesteps.*callback=\[QACallback\(\), EveryNTimesteps\(...\)\]"):
+        model.learn(72, callback=EveryNTimesteps(16, inner))
 
 
 def test_after_learning_the_buffer_is_itself_again() -> None:

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from noise import ACTIONS, POLICIES, QUESTIONS, SPACES, make_env
+from noise import ACTIONS, POLICIES, QUESTIONS, SPACES, Noise, make_env
 from safetensors import safe_open
 from safetensors.torch import save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qa import Choice, QAError, Question, QuestionAnswerer
 from sb3_qa.callbacks import QACallback
@@ -211,6 +212,29 @@ def test_normalised_observations_are_remembered(tmp_path: Path) -> None:
     with pytest.raises(QAError, match="VecNormalize"):
         VecVetoAction(make_env(), "bad[k=6]", 0.5, qa=tmp_path / "x.qa")
     VecVetoAction(VecNormalize(make_env()), "bad[k=6]", 0.5, qa=tmp_path / "x.qa")
+
+
+class Named(gym.Wrapper[Any, Any, Any, Any]):
+    def get_action_meanings(self) -> list[str]:
+        return ["stay", "left", "right"]
+
+
+def test_what_was_learnt_from_is_remembered_without_an_environment(tmp_path: Path) -> None:
+    """Normalised observations or raw ones, and the names of actions; what is learnt from later counts."""
+    kwargs = dict(n_steps=8, batch_size=24, policy_kwargs=dict(questions=QUESTIONS))
+    model = PPO(qa_policy(PPO), VecNormalize(DummyVecEnv([lambda: Named(Noise())] * 3)), **kwargs)  # type: ignore[arg-type]
+    model.learn(24, callback=QACallback())
+    model.save(tmp_path / "model.zip")
+    loaded = PPO.load(tmp_path / "model.zip")
+    qa = QuestionAnswerer.from_model(loaded)
+    assert qa.normalized and qa.action_names == ["stay", "left", "right"]
+    qa.save(tmp_path / "x.qa")
+    with pytest.raises(QAError, match="VecNormalize"):
+        VecVetoAction(make_env(), "bad[k=6]", 0.5, qa=tmp_path / "x.qa")
+    loaded.set_env(make_env())
+    assert QuestionAnswerer.from_model(loaded).normalized
+    loaded.learn(24, callback=QACallback())
+    assert not QuestionAnswerer.from_model(loaded).normalized
 
 
 def test_asking(saved: Path) -> None:

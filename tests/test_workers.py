@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import cloudpickle
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-from wrapping import Toy, assert_same, make_qa, run_gym_vec, run_single
+from wrapping import Toy, assert_same, make_model, make_qa, run_gym_vec, run_single
 
-from sb3_qa import QuestionAnswerer
+from sb3_qa import QAError, QuestionAnswerer
+from sb3_qa.callbacks import QACallback
 from sb3_qa.wrappers import AnswerQuestions, ShapeReward, VetoAction
 
 ACTIONS = np.random.default_rng(3).integers(3, size=(23, 2))
@@ -91,6 +93,30 @@ def test_each_worker_loads_it_once_and_shares_it_with_none(saved, make):
 def test_in_one_process_it_is_loaded_once_for_all_environments(saved):
     envs = DummyVecEnv([partial(guarded, saved)] * 3)
     assert envs.get_attr("loads") == [1, 0, 0]
+
+
+class Named(Toy):
+    def get_action_meanings(self):
+        return ["stay", "left", "right"]
+
+
+def vetoed(unbound):
+    return AnswerQuestions(VetoAction(Named(), "crash[k=3]", 0.5, unbound=unbound), unbound="pass")
+
+
+@pytest.mark.parametrize("unbound", ["error", "pass"])
+def test_one_that_has_no_answerer_is_told_of(unbound, caplog):
+    """The one that learns cannot be given to it from here; one that lets steps pass is warned of."""
+    env = SubprocVecEnv([partial(vetoed, unbound), Named], start_method="spawn")
+    try:
+        model = make_model(env)
+        assert QuestionAnswerer.from_model(model).action_names == ["stay", "left", "right"]
+        refused = pytest.raises(QAError, match=r"inside of a sub-process has no answerer.*share\(\)")
+        with refused if unbound == "error" else nullcontext():
+            model.learn(64, callback=QACallback())
+        assert ("inside of a sub-process has no answerer" in caplog.text) is (unbound == "pass")
+    finally:
+        env.close()
 
 
 def test_it_is_let_go_of_with_the_last_wrapper(saved):

@@ -74,6 +74,7 @@ class Guard:
         self._checked, self._look_again = -1, 0.0
         self._open: dict[int, _Episode] = {}
         self._queue: list[_Episode] = []
+        self._told, self._untold = False, 0  # whether the fact has been told once, and how many episodes ended before
         self._warned = False
 
     def bind(self, qa: QuestionAnswerer, env: Any = None) -> None:
@@ -110,6 +111,12 @@ class Guard:
 
         :param happened: (n,), whether the catastrophe did; None where that cannot be known
         """
+        if happened is not None and not self._told:  # told where it happens, and so it had not
+            self._told = True
+            for _ in range(self._untold):
+                self.monitor.update(None)
+            for waiting in self._queue:
+                waiting.known = True
         for i in range(len(arrival.infos)):
             episode = self._open.get(i)
             if episode is not None:
@@ -128,6 +135,7 @@ class Guard:
         upto = len(self._queue) if len(self._queue) > MOST_WAITING + len(self._open) else first_open
         for episode in self._queue[:upto]:
             if episode.over and episode.flagged is None and not episode.known:
+                self._untold += not self._told
                 self._say_unknown()
             elif episode.over and episode.step:
                 self.monitor.update(episode.flagged)
@@ -138,8 +146,8 @@ class Guard:
             self._warned = True
             log.warning(
                 "nobody can tell whether the catastrophe has happened that the certificate of %r is about: its fact is in no info, or was "
-                "a callable that the file of an answerer does not hold; qa/alarm will NOT be raised. Let info tell it under the name of "
-                "the fact, or pass a live answerer",
+                "a callable that the file of an answerer does not hold. Until it is told, qa/alarm will NOT be raised. Let info tell it "
+                "under the name of the fact, or pass a live answerer",
                 self.certificate.question,
             )
 
