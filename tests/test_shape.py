@@ -40,6 +40,22 @@ def both_forms(qa, *arguments, **more):
     return single + run_vec(VecShapeReward(toys(2), *arguments, qa=qa, **more), ACTIONS)
 
 
+@pytest.mark.parametrize("mode", ["add", "replace", "potential"])
+def test_a_reward_that_is_not_finite_stops_before_an_agent_learns_from_it(mode):
+    """Once weights are nan, everything is."""
+
+    def broken(answers):
+        return np.where(np.arange(len(answers["danger"])) == 0, np.nan, answers["danger"])
+
+    for env, action in ((ShapeReward, 1), (VecShapeReward, np.ones(2, np.int64))):
+        env = env(Toy() if env is ShapeReward else toys(2), broken, mode, 0.9, qa=make_qa())
+        with pytest.raises(
+            QAError, match=r"reward nan of environment 0, from the answers \{.*\}; expected a finite number"
+        ):
+            env.reset()
+            env.step(action)
+
+
 class TestPotentialShaping:
     def test_by_hand(self):
         before, after = np.array([1.0, 2.0, -3.0], np.float32), np.array([4.0, 5.0, -1.0], np.float32)

@@ -115,7 +115,22 @@ class ShapeRule(AnswerRule):
         self.tell_rewards(raw, arrival, None if self.mode != "replace" else shaping)
 
     def weigh(self, table: Floats) -> Floats:
-        """The reward (n,) in the answers (n, n_questions)."""
+        """The reward (n,) in the answers (n, n_questions).
+
+        :raises QAError: where it is not finite, as an agent that learnt from it would be lost
+        """
+        reward = self._weighed(table)
+        if not np.isfinite(reward).all():
+            i = int(np.argmin(np.isfinite(reward)))
+            assert self.values is not None
+            told = dict(zip(self.values.keys, table[i].tolist(), strict=True))
+            raise QAError(
+                f"{self.name} got the reward {reward[i]} of environment {i}, from the answers {told}; expected a finite number; look "
+                "whether observations, weights of the network and rewards= are finite"
+            )
+        return reward
+
+    def _weighed(self, table: Floats) -> Floats:
         assert self.values is not None
         if callable(self.rewards):
             told = np.asarray(self.rewards({key: table[:, n] for n, key in enumerate(self.values.keys)}), np.float32)
