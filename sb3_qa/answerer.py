@@ -571,9 +571,11 @@ class QuestionAnswerer:
         return actions
 
     def _index_of(self, name: str) -> int:
-        for index, known in enumerate(self.action_names or []):
-            if known.lower() == name.lower():
-                return index + int(self.policy.action_space.start)
+        names = self.action_names or []
+        for like in (names, [known.lower() for known in names]):  # names may differ in capitals alone
+            said = name if like is names else name.lower()
+            if said in like:
+                return like.index(said) + int(self.policy.action_space.start)
         raise QAError(
             f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names"
         )

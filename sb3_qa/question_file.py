@@ -254,6 +254,8 @@ def _entry(question: Question) -> dict[str, Any]:
         entry["answer"] = {"choice": list(answer.options)}
     elif isinstance(answer, Number):
         entry["answer"] = {"number": [answer.low, answer.high]}
+    if question.holdout:
+        entry["holdout"] = sorted(question.holdout)
     entry |= {slot: list(values) for slot, values in question.slots.items()}
     for values in [
         *(entry[slot] for slot in question.slots),

@@ -60,6 +60,10 @@ class Choice:
                 f"Choice got one list, {options[0]!r}; expected its options one by one; write Choice(*options)"
             )
         options = _plain(options)
+        if None in options:
+            raise QAError(
+                f"Choice got {options!r}; expected other options than None, as a fact that is None is one that was not told; write 'none'"
+            )
         if len(options) < 2 or not _all_differ(options, "Choice"):
             raise QAError(
                 f"Choice got {options!r}; expected at least two different options; add an option or ask a YesNo()"

@@ -93,6 +93,7 @@ class RareEventMemory:
         self.floor = float(floor)
         self._rng = np.random.default_rng(check_whole("RareEventMemory", "seed", seed, 0))
         self._with, self._without = _Reservoir(capacity // 2), _Reservoir(capacity - capacity // 2)
+        self._asked: list[tuple[str, str, int, int]] = []  # what the columns of the labels are about
 
     def __len__(self) -> int:
         return len(self._with) + len(self._without)
@@ -103,10 +104,20 @@ class RareEventMemory:
         return len(self._with)
 
     def check(self, catalogue: Catalogue) -> None:
-        """Refuse questions that have no rare events.
+        """Refuse questions that have no rare events, or are others than those that what is remembered was labelled by.
 
         :raises QAError: naming those that have
         """
+        asked = [
+            (target.question.name, target.question.text, target.start, target.width) for target in catalogue.targets
+        ]
+        if len(self) and self._asked and asked != self._asked:
+            now, then = (list(dict.fromkeys(name for name, *_ in each)) for each in (asked, self._asked))
+            raise QAError(
+                f"RareEventMemory got questions {now}, and what it holds was labelled by {then}, or by other horizons; expected the same "
+                "in the same order; give it those, or begin with a new memory"
+            )
+        self._asked = asked
         known = [target.question.name for target in catalogue.targets if target.kind == "event"]
         wrong = [name for name in self.questions or () if name not in known]
         if wrong or not known:

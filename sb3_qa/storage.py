@@ -56,6 +56,11 @@ _KNOWN: tuple[type, ...] = (
 
 def save_answerer(answerer: QuestionAnswerer, path: str | PathLike[str]) -> None:
     """Write an answerer's weights and description; the file appears whole or not at all."""
+    if answerer.target:
+        raise QAError(
+            "save() got an answerer of target networks, which a file does not tell from the live ones; expected the live one; leave out "
+            "target=True"
+        )
     policy = answerer.policy
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in all_weights(policy).items()}
     description: dict[str, Any] = {

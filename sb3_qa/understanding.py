@@ -100,7 +100,9 @@ class Understanding:
                 groups = {key: value.lower() for key, value in match.groupdict().items()}
                 action = match.group(Question.ACTION)
                 found += [(i, action) for i in self._instances_of(question) if _fits(i, groups)]
-        return found
+        # Of what one template takes for the name of an action another may have words and slots.
+        names = {"{action}", *(name.lower() for name in self.action_names)}
+        return [each for each in found if each[1] is not None and each[1].lower() in names] or found
 
     def _instances_of(self, question: Question) -> list[Instance]:
         return [instance for instance in self._every.values() if instance.question is question]
@@ -134,7 +136,7 @@ class Understanding:
         return Understood(instance, action, familiarity)
 
     def _by_template(self, text: str) -> Understood | None:
-        words = " ".join(NUMBER_WORDS.get(word, word) for word in tokenize(text))
+        words = _in_digits(text)
         fits: list[tuple[int, Instance, str | None]] = []
         for question, (pattern, literal) in self._open:
             match = pattern.fullmatch(words)
@@ -162,7 +164,8 @@ class Understanding:
                     return None
                 values[slot] = listed[0]
                 continue
-            by_words = {" ".join(tokenize(str(value))): value for value in listed}
+            by_words = {_in_digits(str(value)): value for value in listed}
+            said = _in_digits(said)
             if said in by_words:
                 values[slot] = by_words[said]
             elif all(_is_real(value) for value in listed):
@@ -172,6 +175,8 @@ class Understanding:
                 if slot == question.truth.horizon and (number < 1 or number != int(number)):
                     return None
                 values[slot] = int(number) if number == int(number) else number
+            elif re.fullmatch(r"\d+(\.\d+)?", said):
+                return None  # no word
             elif isinstance(getattr(self.head, "words", None), EmbeddingEncoder):
                 return None  # by its meaning, then
             else:
@@ -244,7 +249,7 @@ class Understanding:
             self._embedded = instances, _unit(words._embedded([instance.text for instance in instances]).numpy())
         instances, table = self._embedded
         similarity = table @ _unit(words._embedded([text]).numpy())[0]
-        said = [NUMBER_WORDS.get(word, word) for word in tokenize(text)]
+        said = [*tokenize(text), *_in_digits(text).split(" ")]
         said += [word.removesuffix("s") for word in said]  # a plural names it too
         named: dict[tuple[str, str, Any], float] = {}
         for instance in instances:
@@ -321,9 +326,14 @@ def _open_pattern(question: Question) -> tuple[re.Pattern[str], int]:
             parts.append(f"(?P={slot})" if slot in seen else f"(?P<{slot}>.+?)")
             seen.add(slot)
         else:
-            parts.append(re.escape(word))
+            parts.append(re.escape(_in_digits(word)))
             literal += 1
     return re.compile(" ".join(parts)), literal
+
+
+def _in_digits(text: str) -> str:
+    """The words of a text, numbers in digits."""
+    return " ".join(NUMBER_WORDS.get(word, word) for word in tokenize(text))
 
 
 def _fits(instance: Instance, groups: Mapping[str, str]) -> bool:

@@ -498,6 +498,7 @@ def test_windows_longer_than_a_rollout_are_refused() -> None:
         (dict(questions=QUESTIONS[0]), "list of Question"),
         (dict(qa_coef=-1.0), "qa_coef"),
         (dict(qa_coef="much"), "qa_coef"),
+        (dict(action_names=["a", "b", "a"]), "action_names"),
         (dict(qa_trunk_gradient=2.0), "qa_trunk_gradient"),
         (dict(qa_net_arch=[]), "qa_net_arch"),
         (dict(qa_encoder="none"), "qa_encoder"),

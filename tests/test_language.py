@@ -555,6 +555,42 @@ class TestUnderstanding:
         qa = QuestionAnswerer.from_model(make_model([question]))
         assert self.ask(qa, "Is 4321 bad?").understood_as == "b[n=4321]"
 
+    def test_numbers_in_words_are_values_or_words_of_a_template_and_no_word_is_a_number(self) -> None:
+        questions = [
+            Question("Is the count {w}?", now("count_{w}"), w=["one", "two"], name="w"),
+            Question("Is one of {n} things due?", now("due_{n}"), n=[2, 5], name="n"),
+            Question("Is the {c} thing near?", now("near_{c}"), c=["red", "green", "blue"], name="c"),
+        ]
+        qa = QuestionAnswerer.from_model(make_model(questions, qa_encoder="text"))
+        for text, key in (
+            ("Is the count two?", "w[w=two]"),
+            ("is the count two", "w[w=two]"),
+            ("Is the count 2", "w[w=two]"),
+            ("Is one of 2 things due", "n[n=2]"),
+            ("Is one of five things due", "n[n=5]"),
+        ):
+            answer = self.ask(qa, text)
+            assert (answer.understood_as, answer.familiarity) == (key, 1.0)
+        for text in ("Is the 3 thing near?", "Is the seven thing near?"):
+            with pytest.raises(NotTaught):
+                self.ask(qa, text)
+
+    @pytest.mark.parametrize("encoder", ["index", "text"])
+    def test_what_is_no_action_belongs_to_the_longer_template(self, encoder: str) -> None:
+        questions = [
+            Question("Bad if I choose {action}?", eventually("bad", within=3), name="a"),
+            Question("Bad if I choose {action} within {k} steps?", eventually("bad", within="k"), k=[1, 5], name="b"),
+        ]
+        names = ["left", "go right", "LEFT"]
+        qa = QuestionAnswerer.from_model(make_model(questions, qa_encoder=encoder, action_names=names))
+        obs = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+        every = qa.ask("b[k=5]", obs).probability
+        for n, name in enumerate(names):  # which differ in capitals alone
+            answer = qa.ask(f"Bad if I choose {name} within 5 steps?", obs)
+            assert answer.understood_as == "b[k=5]"
+            np.testing.assert_array_equal(answer.probability, every[:, n])
+        assert qa.ask("Bad if I choose go right?", obs).understood_as == "a"
+
 
 class TestMeaning:
     """By a model of sentences for which words are what they share letters with."""

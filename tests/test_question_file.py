@@ -127,6 +127,12 @@ class TestLoading:
     def test_questions_pass_through(self):
         assert load_questions(EXPECTED) is EXPECTED
 
+    def test_what_is_kept_out_of_training_is_there_and_back(self):
+        """A model that is saved with it must not teach it when it goes on."""
+        question = Question("Is it above {x}?", now("above_{x}"), x=[1, 2, 3], name="above", holdout=["above[x=2]"])
+        (back,) = load_questions(dump_questions([question]))
+        assert back == question and back.holdout == {"above[x=2]"}
+
     def test_there_and_back(self):
         data = json.loads(json.dumps(dump_questions([*EXPECTED, *QUESTIONS])))
         back = load_questions([entry | {"name": f"x{n}"} for n, entry in enumerate(data)])

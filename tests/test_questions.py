@@ -125,6 +125,7 @@ REFUSED = {
     "no option": (lambda: Choice(), "Choice got ()", "two different options"),
     "one option": (lambda: Choice("left"), "Choice got ('left',)", "two different options"),
     "an option twice": (lambda: Choice("a", "b", "a"), "('a', 'b', 'a')", "two different options"),
+    "an option that is untold": (lambda: Choice(None, "a"), "Choice got (None, 'a')", "write 'none'"),
     "a list of options": (lambda: Choice(["left", "right"]), "one list", "Choice(*options)"),
     "options that cannot be keys": (lambda: Choice(["a"], ["b"]), "[['a'], ['b']]", "hashable"),
     "low above high": (lambda: Number(4, 0), "low=4, high=0", "low < high"),

@@ -158,6 +158,20 @@ def test_questions_without_rare_events_and_replay_buffers_are_refused() -> None:
         dqn.learn(64, callback=QACallback(memory=RareEventMemory()))
 
 
+STILL = Question("Am I still?", LEAN.truth, name="still")
+
+
+@pytest.mark.parametrize("others", [[FALL], [FALL, STILL], [FALL, STILL, LEAN]])
+def test_what_other_questions_were_remembered_by_is_refused(others: Any) -> None:
+    """Though the columns of the labels may fit."""
+    memory = RareEventMemory()
+    agent([FALL, LEAN]).learn(256, callback=QACallback(memory=memory))
+    agent([FALL, LEAN]).learn(64, callback=QACallback(memory=memory))
+    assert memory.n_events
+    with pytest.raises(QAError, match=r"what it holds was labelled by .*; expected the same in the same order"):
+        agent(others).learn(64, callback=QACallback(memory=memory))
+
+
 def test_only_the_head_learns_from_it_and_only_about_its_questions() -> None:
     torch.set_num_threads(1)
     memory = RareEventMemory(["fall"])

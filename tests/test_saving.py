@@ -16,7 +16,7 @@ from gymnasium import spaces
 from noise import ACTIONS, POLICIES, QUESTIONS, SPACES, Noise, make_env
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -217,6 +217,14 @@ def test_normalised_observations_are_remembered(tmp_path: Path) -> None:
 class Named(gym.Wrapper[Any, Any, Any, Any]):
     def get_action_meanings(self) -> list[str]:
         return ["stay", "left", "right"]
+
+
+def test_an_answerer_of_target_networks_is_refused(tmp_path: Path) -> None:
+    """The file would answer as the live ones do."""
+    model = DQN(qa_policy(DQN), make_env(), buffer_size=50, policy_kwargs=dict(questions=QUESTIONS))
+    with pytest.raises(QAError, match="target networks"):
+        QuestionAnswerer.from_model(model, target=True).save(tmp_path / "x.qa")
+    assert not (tmp_path / "x.qa").exists()
 
 
 def test_what_was_learnt_from_is_remembered_without_an_environment(tmp_path: Path) -> None:

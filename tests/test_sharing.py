@@ -8,6 +8,7 @@ import time
 from functools import partial
 
 import cloudpickle
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from sb3_qa.policies import qa_policy
 from sb3_qa.sharing import FollowingAnswerer
 from sb3_qa.storage import all_weights
 from sb3_qa.truth import eventually
-from sb3_qa.wrappers import AnswerQuestions, VetoAction
+from sb3_qa.wrappers import AnswerQuestions, VetoAction, vector
 
 FORK = pytest.param(
     "fork",
@@ -245,6 +246,9 @@ def test_shared_twice_it_is_the_same():
     assert QuestionAnswerer.from_model(model).share() is shared
     env = DummyVecEnv([partial(guarded, shared, 0)])  # in the process that learns
     assert env.envs[0].rule.qa is shared.owner
+    for made in (AnswerQuestions(Toy()), vector.AnswerQuestions(gym.vector.SyncVectorEnv([Toy]))):
+        made.bind(shared)
+        assert made.rule.qa is shared.owner
 
 
 def test_it_is_tidied_away_with_the_model():

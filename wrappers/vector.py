@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.certificate import Certificate
 from sb3_qa.errors import QAError
+from sb3_qa.sharing import SharedAnswerer
 from sb3_qa.wrappers.answer import AnswerRule, Asked
 from sb3_qa.wrappers.shape import Rewards, ShapeRule
 from sb3_qa.wrappers.shell import (
@@ -78,11 +79,13 @@ class VectorQAWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
         self.rule.close()
         super().close(**kwargs)
 
-    def bind(self, qa: QuestionAnswerer) -> None:
+    def bind(self, qa: QuestionAnswerer | SharedAnswerer) -> None:
         """Let ``qa`` answer from now on; it must know observations like these environments'.
 
         :raises QAError: when it does not
         """
+        if isinstance(qa, SharedAnswerer):
+            qa = qa.open()
         name = type(self).__name__
         refuse_normalized(name, f"Vec{name}", qa)
         check_spaces(name, qa, self.single_observation_space, self.single_action_space)

@@ -306,6 +306,8 @@ class QAPolicyMixin:
             raise QAError(
                 f"action_names got {len(names)} names; expected {n} for {self.action_space}; name every action once"
             )
+        if names is not None and len(set(names)) != len(names):
+            raise QAError(f"action_names got {names}; expected names that differ; name every action by its own")
         return names
 
 
