@@ -1,17 +1,21 @@
 """Options of a veto: a fallback policy, gradient steps, budget, cooldown, and what is let through by chance."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO, TD3
+from stable_baselines3.common.vec_env import DummyVecEnv
 from test_veto import ACTIONS, RUIN, make_risks, nought, once, steps
 from wrapping import Toy, assert_same, batch, make_model, make_qa, run_single, run_vec, toys
 
 from sb3_qa import QAError, QuestionAnswerer
 from sb3_qa.policies import qa_policy
-from sb3_qa.wrappers import VecVetoAction, VetoAction, vector
+from sb3_qa.wrappers import VecRandomVeto, VecVetoAction, VetoAction, vector
 from sb3_qa.wrappers.restraint import Restraint
 from sb3_qa.wrappers.substitutes import refined
 
@@ -420,3 +424,166 @@ def test_a_decision_by_hand():
     wanted = np.array([True, False, True])
     carried = [restraint.decide(wanted).carried_out.tolist() for _ in range(5)]
     assert carried == [[True, False, True], [False] * 3, [True, False, True], [False] * 3, [False] * 3]
+
+
+def sizes_of(space):
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    return space.nvec.tolist() if isinstance(space, spaces.MultiDiscrete) else [2] * space.n
+
+
+class Masked(Toy):
+    """One choice of one part of the action is forbidden, another in every step, and must never be executed."""
+
+    def forbidden(self):
+        sizes = sizes_of(self.action_space)
+        part = self._steps % len(sizes)
+        return part, self._steps % sizes[part]
+
+    def action_masks(self):
+        part, choice = self.forbidden()
+        return [
+            n != part or each != choice for n, size in enumerate(sizes_of(self.action_space)) for each in range(size)
+        ]
+
+    def step(self, action):
+        part, choice = self.forbidden()
+        assert np.ravel(action)[part] != choice, f"{action} is forbidden"
+        return super().step(action)
+
+    def proposed(self, step):
+        """An action that is allowed."""
+        parts = [(step + 1) % n for n in sizes_of(self.action_space)]
+        return parts[0] if isinstance(self.action_space, spaces.Discrete) else np.array(parts)
+
+
+class MaskedModel(Always):
+    """Takes the first action that is allowed, as MaskablePPO is told."""
+
+    def predict(self, observation, *, deterministic, action_masks=None):
+        return np.argmax(action_masks, axis=1), None
+
+
+def played(form, veto, action_space=None, n_steps=9):
+    """What is told in each step by two environments, that always end together."""
+    made, env = [partial(Masked, action_space)] * 2, None
+    toy = Masked(action_space)
+    if form == "single":
+        env = veto["single"](toy)
+    elif form == "inside":
+        env = DummyVecEnv([lambda: veto["single"](Masked(action_space))] * 2)
+    elif form == "vec":
+        env = veto["vec"](DummyVecEnv(made))
+    else:
+        kind = SyncVectorEnv if form == "sync" else partial(AsyncVectorEnv, context="fork")
+        env = veto["vector"](kind(made, autoreset_mode=AutoresetMode.SAME_STEP))
+    try:
+        if form in ("inside", "vec"):
+            env.seed(0)
+        env.reset(**({} if form in ("inside", "vec") else {"seed": 0}))
+        for n in range(n_steps):
+            action = toy.proposed(n % toy.length)
+            if form == "single":
+                *_, over, cut, info = env.step(action)
+                yield {key: value for key, value in info.items() if key.startswith("qa/")}
+                if over or cut:
+                    env.reset()
+            elif form in ("inside", "vec"):
+                yield from env.step(np.stack([action] * 2))[3][:1]
+            else:
+                infos = env.step(np.stack([action] * 2))[4]
+                infos = infos.get("final_info", infos)
+                yield {key: value[0] for key, value in infos.items() if key.startswith("qa/")}
+    finally:
+        env.close()
+
+
+def forms(*args, **kwargs):
+    return {
+        "single": lambda env: VetoAction(env, *args, **kwargs),
+        "vec": lambda env: VecVetoAction(env, *args, **kwargs),
+        "vector": lambda env: vector.VetoAction(env, *args, **kwargs),
+    }
+
+
+FORMS = ["single", "inside", "vec", "sync", "async"]
+
+
+class TestWhatTheEnvironmentForbids:
+    """Is no way out, whether the agent has asked for ``action_masks()`` or not."""
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("on_veto", ["safest", "policy", MaskedModel(0)])
+    def test_is_not_executed(self, risks, form, on_veto):
+        """Of three actions the last is the safest; where it is forbidden, the second is."""
+        told = list(played(form, forms("ruin", 0.15, on_veto, qa=risks)))
+        proposed = [(step % 5 + 1) % 3 for step in range(9)]
+        assert [one["qa/proposed_action"] for one in told] == proposed
+        best = [2, 2, 1, 2, 2, 2, 2, 1, 2] if isinstance(on_veto, str) else [1, 0, 0, 1, 0, 1, 0, 0, 1]
+        expected = [p if p == 2 else b for p, b in zip(proposed, best, strict=True)]
+        assert [one["qa/executed_action"] for one in told] == expected
+        assert [one["qa/no_safe_action"] for one in told] == [step % 5 == 2 for step in range(9)]
+
+    @pytest.mark.parametrize("form", ["single", "vec", "sync"])
+    @pytest.mark.parametrize(
+        "space", [spaces.MultiDiscrete([3, 4]), spaces.MultiDiscrete([17, 16]), spaces.MultiBinary(3)]
+    )
+    def test_of_actions_with_parts(self, form, space):
+        """All that can be listed are looked at, or some; each part must be allowed."""
+        qa = make_qa(action_space=space)
+        told = list(played(form, forms("crash[k=3]", 0.0, qa=qa), space))
+        assert sum(one["qa/vetoed"] for one in told) >= 5
+
+    @pytest.mark.parametrize("form", FORMS[:-1])
+    def test_is_no_answer_of_a_callable(self, risks, form):
+        """Unless it is what the agent proposes."""
+        veto = forms("ruin", 0.0, lambda obs, action: 1, qa=risks)
+        with pytest.raises(
+            QAError, match=r"callable gave 1; expected an action of .* that the environment's action_masks"
+        ):
+            list(played(form, veto))
+        env = VecVetoAction(DummyVecEnv([Forgiving]), "ruin", 0.0, lambda obs, action: action, qa=risks)
+        env.reset()
+        assert env.step(np.array([0]))[3][0]["did"] == 0
+
+    def test_is_not_executed_by_the_control(self, risks):
+        """Random vetoes, of an agent that never asked."""
+        env = VecRandomVeto(DummyVecEnv([Masked] * 2), "ruin", 1.0, qa=risks)
+        env.reset()
+        vetoed = [env.step(np.full(2, (step % 5 + 1) % 3))[3][0]["qa/vetoed"] for step in range(20)]
+        assert all(vetoed)
+
+    def test_environments_without_masks_are_asked_once(self, risks):
+        class Counting(DummyVecEnv):
+            asked = 0
+
+            def has_attr(self, attr_name):
+                self.asked += attr_name == "action_masks"
+                return super().has_attr(attr_name)
+
+            def env_method(self, *args, **kwargs):
+                raise AssertionError
+
+        inside = Counting([Toy])
+        env = VecVetoAction(inside, "ruin", 0.5, qa=risks)
+        env.reset()
+        for _ in range(4):
+            env.step(np.array([0]))
+        assert inside.asked == 1
+
+    def test_masks_of_another_size_are_refused(self, risks):
+        class Short(Toy):
+            def action_masks(self):
+                return [True, False]
+
+        env = VetoAction(Short(), "ruin", 0.5, qa=risks)
+        env.reset(seed=0)
+        with pytest.raises(QAError, match="with 2 entries; expected 3, one for each choice"):
+            env.step(0)
+
+
+class Forgiving(Masked):
+    """Where what is forbidden can be done all the same."""
+
+    def step(self, action):
+        return Toy.step(self, action)

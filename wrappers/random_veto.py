@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qa.errors import QAError
 from sb3_qa.wrappers.shell import QA, VecQAWrapper
-from sb3_qa.wrappers.substitutes import Bools, Floats
+from sb3_qa.wrappers.substitutes import Bools, Floats, allowed
 from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = ["RandomVetoRule", "VecRandomVeto"]
@@ -31,7 +31,7 @@ class RandomVetoRule(VetoRule):
 
     def replace(self, actions: NDArray[Any], candidates: NDArray[Any], risk: Floats) -> NDArray[Any]:
         other = (candidates != actions[:, None]).reshape(*candidates.shape[:2], -1).any(axis=2)
-        other &= self._possible if self._possible is not None else True
+        other &= allowed(self.space, self._possible, candidates) if self._possible is not None else True
         pick = np.argmax(self.rng.random(other.shape) * other, axis=1)
         chosen = np.array(candidates[np.arange(len(pick)), pick])
         none = ~other.any(axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,7 +16,19 @@ from sb3_qa.wrappers.shell import plain, row, same_observations
 if TYPE_CHECKING:
     from sb3_qa.answerer import Reading
 
-__all__ = ["Fallback", "OnVeto", "all_actions", "candidates", "check_fallback", "is_catastrophe", "refined", "safest"]
+__all__ = [
+    "Fallback",
+    "OnVeto",
+    "all_actions",
+    "allowed",
+    "candidates",
+    "check_fallback",
+    "choices",
+    "is_catastrophe",
+    "refined",
+    "safest",
+    "takes_masks",
+]
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -70,6 +83,32 @@ def all_actions(space: spaces.Space[Any]) -> NDArray[Any] | None:
         n = int(np.prod(space.shape))
         return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).reshape(-1, *space.shape)
     return None
+
+
+def choices(space: spaces.Space[Any]) -> NDArray[np.intp] | None:
+    """How many choices each part of an action has; None where they cannot be listed."""
+    if isinstance(space, spaces.Discrete):
+        return np.array([space.n], np.intp)
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.asarray(space.nvec.ravel(), np.intp)
+    return np.full(int(np.prod(space.shape)), 2) if isinstance(space, spaces.MultiBinary) else None
+
+
+def allowed(space: spaces.Space[Any], masks: Bools, options: NDArray[Any]) -> Bools:
+    """Which options (n, m, *action_shape) the environment's masks allow: (n, m).
+
+    :param masks: (n, n_choices), those of the parts of an action after each other
+    """
+    sizes = choices(space)
+    assert sizes is not None
+    n, m = options.shape[:2]
+    parts = (options - getattr(space, "start", 0)).reshape(n, m, -1).astype(np.intp) + np.cumsum(sizes) - sizes
+    return np.asarray(masks[np.arange(n)[:, None, None], parts].all(axis=2))
+
+
+def takes_masks(agent: Any) -> bool:
+    """Whether an agent's ``predict`` takes ``action_masks``, as MaskablePPO's does."""
+    return "action_masks" in inspect.signature(agent.predict).parameters
 
 
 def candidates(
@@ -134,15 +173,24 @@ def refined(here: Reading, question: str, actions: NDArray[Any], space: spaces.B
 
 
 def called(
-    name: str, on_veto: Any, obs: Any, rows: NDArray[np.intp], proposed: NDArray[Any], space: Any
+    name: str,
+    on_veto: Any,
+    obs: Any,
+    rows: NDArray[np.intp],
+    proposed: NDArray[Any],
+    space: Any,
+    masks: Bools | None = None,
 ) -> NDArray[Any]:
     """What a fallback policy or a callable executes instead in the environments at ``rows``: (len(rows), *action_shape).
 
-    :raises QAError: when that is no action of the space; what is outside of a box is clipped, as SB3 does
+    :param masks: (n, n_choices) of all environments, see :func:`allowed`; told to a policy that takes them
+    :raises QAError: when that is no action of the space, or one that the masks forbid, and not the proposed one; what is outside
+        of a box is clipped, as SB3 does
     """
     shape = proposed[rows].shape
     if isinstance(on_veto, Fallback):
-        given, _ = on_veto.predict(row(obs, rows), deterministic=True)
+        told = {} if masks is None or not takes_masks(on_veto) else {"action_masks": masks[rows]}
+        given, _ = on_veto.predict(row(obs, rows), deterministic=True, **told)
         if np.shape(given) != shape:
             raise QAError(
                 f"{name}'s fallback policy gave actions of shape {np.shape(given)}; expected {shape}, of {space}; give one for each "
@@ -159,6 +207,13 @@ def called(
     within = _within(actions, space).reshape(len(actions), -1).all(axis=1)
     if not within.all():
         raise _no_action(name, on_veto, given[int(np.argmin(within))], space)
+    if masks is not None:
+        fine = allowed(space, masks[rows], actions[:, None])[:, 0] | ~masks[rows].any(axis=1)
+        fine |= (actions == proposed[rows]).reshape(len(actions), -1).all(axis=1)
+        if not fine.all():
+            raise _no_action(
+                name, on_veto, given[int(np.argmin(fine))], space, " that the environment's action_masks() allow"
+            )
     return actions.astype(proposed.dtype)
 
 
@@ -171,9 +226,9 @@ def _within(actions: NDArray[Any], space: spaces.Space[Any]) -> Bools:
     return (actions >= low) & (actions < low + n) & (actions == np.floor(actions))
 
 
-def _no_action(name: str, on_veto: Any, given: Any, space: spaces.Space[Any]) -> QAError:
+def _no_action(name: str, on_veto: Any, given: Any, space: spaces.Space[Any], more: str = "") -> QAError:
     by = "fallback policy" if isinstance(on_veto, Fallback) else "on_veto callable"
-    return QAError(f"{name}'s {by} gave {given!r}; expected an action of {space}; return one")
+    return QAError(f"{name}'s {by} gave {given!r}; expected an action of {space}{more}; return one")
 
 
 def check_fallback(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -16,7 +17,7 @@ from sb3_qa.truth import Step
 from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import Arrival, own_rewards, row
 
-__all__ = ["Fact", "Ring", "Stretch", "by_name", "environments_in", "frames_of", "seed_of"]
+__all__ = ["Fact", "Ring", "Stretch", "action_masks", "by_name", "environments_in", "frames_of", "masking", "seed_of"]
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,32 @@ def seed_of(env: Any) -> int | None:
     """What an environment's random numbers were seeded with."""
     seed = getattr(env, "np_random_seed", None)
     return None if seed is None or seed < 0 else int(seed)
+
+
+def masking(env: Any) -> Any:
+    """What a wrapper wraps, where ``action_masks()`` tells which actions are allowed in it, as for MaskablePPO; None otherwise.
+
+    :param env: the wrapper itself
+    """
+    inside, name = env.unwrapped, "action_masks"
+    if isinstance(env, VecEnv):
+        return inside if inside.has_attr(name) else None
+    if isinstance(env, VectorEnv):
+        # Not asked for itself: a process that does not have it would end.
+        return inside if hasattr(inside, "call") and all(inside.call("has_wrapper_attr", name)) else None
+    return env.env if env.env.has_wrapper_attr(name) else None
+
+
+def action_masks(env: Any) -> Bools:
+    """Which choices (n, n_choices) are allowed in the environments that :func:`masking` found; of actions with parts, those of each."""
+    name = "action_masks"
+    if isinstance(env, VecEnv):
+        told: Sequence[Any] = env.env_method(name)
+    elif isinstance(env, VectorEnv):
+        told = env.call(name)  # type: ignore[attr-defined]
+    else:
+        told = [env.get_wrapper_attr(name)()]
+    return np.array(told, np.bool_).reshape(len(told), -1)
 
 
 def frames_of(env: Any) -> Sequence[Any]:

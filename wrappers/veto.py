@@ -72,7 +72,8 @@ class VecVetoAction(VecQAWrapper):
     ``qa/vetoed`` (another action was executed), ``qa/proposed_action``, ``qa/executed_action`` and ``qa/no_safe_action``
     (no action is under the threshold), and the answer to the question as :class:`VecAnswerQuestions` does: about the
     executed action. A risk that is not finite counts as a catastrophe. Around another veto, ``qa/catastrophe``, ``qa/vetoed``
-    and ``qa/no_safe_action`` tell of either of them, ``qa/risk`` of this one.
+    and ``qa/no_safe_action`` tell of either of them, ``qa/risk`` of this one. What the environment's ``action_masks()`` forbid is
+    not executed instead of another action.
 
     :param question: key of a yes/no instance about ``{action}``, yes being the catastrophe
     :param threshold: an action is judged catastrophic when its risk is at least this: a number, or a

@@ -34,14 +34,16 @@ from sb3_qa.wrappers.substitutes import (
     Floats,
     OnVeto,
     all_actions,
+    allowed,
     called,
     candidates,
     check_fallback,
+    choices,
     is_catastrophe,
     refined,
     safest,
 )
-from sb3_qa.wrappers.surroundings import Fact
+from sb3_qa.wrappers.surroundings import Fact, action_masks, masking
 
 __all__ = ["Record", "VetoRule"]
 
@@ -81,6 +83,8 @@ class VetoRule(AnswerRule):
     _listed: NDArray[Any] | None
     _judged: Judged | None
     _possible: Bools | None
+    _masking: Any
+    """Whom to ask which actions the environment allows; None where nobody tells."""
     _here: Reading | None
     _arrived: Any
     _ended: Bools
@@ -144,7 +148,7 @@ class VetoRule(AnswerRule):
         self.rng = np.random.default_rng(self._seed)
         self.restraint = Restraint(name, cooldown, budget, let_through, self._seed)
         self.evidence = None
-        self._fact = self._env = None
+        self._fact = self._env = self._masking = None
         if record is not None:
             about: dict[str, Any] = {
                 "threshold": self.threshold,
@@ -190,6 +194,7 @@ class VetoRule(AnswerRule):
             getattr(env, f"single_{name}", getattr(env, name)) for name in ("observation_space", "action_space")
         ]
         check_fallback(self.name, self.on_veto, *spaces_of_one)
+        self._masking = None if choices(spaces_of_one[1]) is None else masking(env)
         self._env = getattr(env, "venv", None)  # of SB3's; the wrapper itself would hold itself, and what it has loaded
         if self.guard is not None and self.qa is not None:
             self.guard.bind(self.qa, self._env)
@@ -283,11 +288,13 @@ class VetoRule(AnswerRule):
         decision, substitute_flagged, executed = None, None, actions
         rows = np.flatnonzero(flagged)
         if len(rows):
+            if self._possible is None and self._masking is not None:
+                self._possible = self._asked()
             if self._about_action:
                 if risks is None:
                     options, risks = self._options(actions)
                 self._complain(risks[rows])
-            unsafe = flagged & self._none_safe(risk, risks)
+            unsafe = flagged & self._none_safe(risk, risks, options)
         if len(rows) and not self.shadow:
             executed = actions.copy()
             executed[rows] = self._replacement(rows, actions, options, risks).reshape(actions[rows].shape)
@@ -326,7 +333,7 @@ class VetoRule(AnswerRule):
 
         :param possible: (n, n_actions), those the environment allows
         """
-        if self.shadow or not self.ready() or not self._about_action:
+        if self.shadow or not self.ready() or not self._about_action or not isinstance(self.space, spaces.Discrete):
             return possible
         self._possible = possible
         risk = np.where(possible, self.risk(None), np.float32(np.inf))
@@ -418,13 +425,34 @@ class VetoRule(AnswerRule):
             risks = np.concatenate([risks, self.risk(better)], axis=1)
         return options, risks
 
-    def _none_safe(self, risk: Floats, risks: Floats | None) -> Bools:
+    def _asked(self) -> Bools:
+        """Which choices (n, n_choices) the environment allows."""
+        masks, sizes = action_masks(self._masking), choices(self.space)
+        assert sizes is not None
+        if masks.shape[1] != sizes.sum():
+            raise QAError(
+                f"{self.name} got action_masks() with {masks.shape[1]} entries; expected {sizes.sum()}, one for each choice in "
+                f"{self.space}; mend the environment"
+            )
+        return masks
+
+    def _allowed(self, options: NDArray[Any] | None) -> Bools | None:
+        """Which options (n, m, *action_shape), or which of all actions, the environment allows, where it was asked: (n, m)."""
+        if self._possible is None:
+            return None
+        if options is None:
+            assert self._listed is not None
+            options = self._spread(self._listed)
+        return allowed(self.space, self._possible, options)
+
+    def _none_safe(self, risk: Floats, risks: Floats | None, options: NDArray[Any] | None) -> Bools:
         """Where no action that could be taken is under the threshold."""
         if risks is None:  # all actions are alike
             return is_catastrophe(risk, self.threshold)
         bad = is_catastrophe(risks, self.threshold)
-        if self._possible is not None:
-            bad = bad | ~self._possible
+        possible = self._allowed(options)
+        if possible is not None:
+            bad = bad | ~possible
         return np.asarray(bad.all(axis=1))
 
     def _replacement(
@@ -437,15 +465,16 @@ class VetoRule(AnswerRule):
             if isinstance(self.on_veto, (BaseAlgorithm, BasePolicy)):
                 asked = rows[np.isfinite(self.here.hidden[rows]).all(axis=1)]
             if len(asked):
-                instead[asked] = called(self.name, self.on_veto, self.obs, asked, actions, self.space)
+                instead[asked] = called(self.name, self.on_veto, self.obs, asked, actions, self.space, self._possible)
             return instead[rows]
         assert self._listed is not None or options is not None
         assert risks is not None
         if options is None:
             assert self._listed is not None
             options = self._spread(self._listed)
-        if self._possible is not None:  # what the environment forbids is no way out
-            risks = np.where(self._possible, risks, np.float32(np.inf))
+        possible = self._allowed(options)
+        if possible is not None:  # what the environment forbids is no way out
+            risks = np.where(possible, risks, np.float32(np.inf))
         return self.replace(actions, options, risks)[rows]
 
     def _spread(self, listed: NDArray[Any]) -> NDArray[Any]:
