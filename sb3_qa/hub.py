@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import ZipFile
 
 import gymnasium as gym
@@ -23,6 +23,7 @@ from sb3_qa.answerer import QuestionAnswerer
 from sb3_qa.errors import QAError
 from sb3_qa.extras import need
 from sb3_qa.questions import Question
+from sb3_qa.wrappers.substitutes import takes_masks
 
 __all__ = ["package", "push"]
 
@@ -64,7 +65,7 @@ def package(
     venv = eval_env if isinstance(eval_env, VecEnv) else DummyVecEnv([lambda: Monitor(eval_env)])
     normalize = unwrap_vec_normalize(venv)
     with _as_it_is(normalize):  # and before there is a folder, should it fail
-        mean, std = evaluate_policy(model, venv, n_eval_episodes, deterministic)
+        mean, std = _evaluation_of(model, venv)(model, venv, n_eval_episodes, deterministic)
     algorithm = {"RecurrentPPO": "ppo_lstm"}.get(
         type(model).__name__, type(model).__name__.lower()
     )  # as rl_zoo3 names them
@@ -86,8 +87,8 @@ def package(
     config["system_info"] = stable_baselines3.get_system_info(print_info=False)[0]
     (target / "config.json").write_text(json.dumps(config))
     results = {
-        "mean_reward": float(mean),  # type: ignore[arg-type]
-        "std_reward": float(std),  # type: ignore[arg-type]
+        "mean_reward": float(mean),
+        "std_reward": float(std),
         "is_deterministic": deterministic,
         "n_eval_episodes": n_eval_episodes,
         "eval_datetime": datetime.now(timezone.utc).isoformat(),
@@ -134,6 +135,17 @@ def push(folder: str | PathLike[str], repo_id: str, *, message: str = "A model w
     address = api.create_repo(repo_id=repo_id, exist_ok=True)  # which knows the owner where none was given
     api.upload_folder(repo_id=address.repo_id, folder_path=str(folder), commit_message=message)
     return str(address)
+
+
+def _evaluation_of(model: BaseAlgorithm, venv: VecEnv) -> Callable[..., Any]:
+    """SB3's evaluation, or that of sb3-contrib, which tells an agent what its environment allows."""
+    if not takes_masks(model) or not venv.has_attr("action_masks"):
+        return evaluate_policy
+    from sb3_contrib.common.maskable.evaluation import (
+        evaluate_policy as maskable_evaluation,
+    )  # there, as the model is one of its
+
+    return cast("Callable[..., Any]", maskable_evaluation)
 
 
 @contextmanager

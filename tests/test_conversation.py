@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,6 +22,7 @@ from sb3_qa.__main__ import main
 from sb3_qa.callbacks import QACallback
 from sb3_qa.cli.agents import as_seen_by, load_agent, make_env
 from sb3_qa.cli.conversation import Conversation, picture
+from sb3_qa.evaluation import run_episodes
 from sb3_qa.memory import Memory
 from sb3_qa.truth import after, eventually, now
 
@@ -59,9 +61,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def talk(path: Path, *lines: str, **kwargs: Any) -> str:
+def talk(path: Path, *lines: str, env_id: str = "CartPole-v1", **kwargs: Any) -> str:
     agent = load_agent(path)
-    env = as_seen_by(agent, make_env("CartPole-v1", render=False))
+    env = as_seen_by(agent, make_env(env_id, render=False))
     out = io.StringIO()
     conversation = Conversation(agent, env, Console(file=out, width=100, highlight=False), **kwargs)
     conversation.begin(seed=0)
@@ -183,6 +185,44 @@ def test_an_agent_with_an_lstm_is_asked_with_what_it_remembers(tmp_path: Path) -
         obs = one.step(action.preferred())[0]
     known = agent.qa.ask("fall[k=10]", obs, state=state, episode_start=starts).probability[0]
     np.testing.assert_allclose([int(re.findall(r"(\d+) %", line)[0]) for line in said], 100 * known, atol=0.51)
+
+
+class Forbidding(gym.Wrapper[Any, Any, Any, Any]):
+    """A cart that must be pushed to the left and to the right by turns."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(gym.make("CartPole-v1", **kwargs))
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.n = 0
+        return self.env.reset(**kwargs)
+
+    def action_masks(self) -> list[bool]:
+        return [self.n % 2 == 0, self.n % 2 == 1]
+
+    def step(self, action: Any) -> Any:
+        assert self.action_masks()[action], f"{action} is forbidden"
+        self.n += 1
+        return self.env.step(action)
+
+
+def test_a_masked_agent_is_told_what_is_allowed(tmp_path: Path) -> None:
+    """A model and an answerer, in a conversation and in the episodes of a report."""
+    from sb3_contrib import MaskablePPO
+
+    gym.register("Forbidding-v0", Forbidding)
+    env = make_vec_env(Forbidding, 2, seed=0)
+    kwargs = dict(questions=QUESTIONS, action_names=NAMES)
+    model = MaskablePPO("QAMlpPolicy", env, n_steps=32, batch_size=32, seed=0, policy_kwargs=kwargs)
+    model.learn(64, callback=QACallback()).save(tmp_path / "masked.zip")
+    QuestionAnswerer.from_model(model).save(tmp_path / "masked.qa")
+    for name in ("masked.zip", "masked.qa"):
+        said = talk(tmp_path / name, "step 5", "what if I push left", "fall[k=2]", env_id="Forbidding-v0")
+        assert re.findall("the agent chose (.*);", said) == [NAMES[n % 2] for n in range(5)]
+        assert re.search(r"push right +\(the agent's choice\)", said)
+        assert re.search(r"push right .*<- the agent's choice", said)
+        agent, env = load_agent(tmp_path / name), make_env("Forbidding-v0", render=False, n_envs=2, seed=0)
+        assert len(run_episodes(agent, env, 3, catastrophe=lambda step: step.terminated).lengths) == 3
 
 
 def test_files_and_environments_that_do_not_fit_are_refused(files: Path, tmp_path: Path) -> None:

@@ -214,6 +214,36 @@ def test_evaluation_leaves_statistics_and_counts_the_environment_s_own_rewards(t
     )
 
 
+class Forbidding(gym.Wrapper):
+    """A cart that must be pushed to the left and to the right by turns."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+
+    def reset(self, **kwargs):
+        self.n = 0
+        return self.env.reset(**kwargs)
+
+    def action_masks(self) -> list[bool]:
+        return [self.n % 2 == 0, self.n % 2 == 1]
+
+    def step(self, action):
+        assert self.action_masks()[action], f"{action} is forbidden"
+        self.n += 1
+        return self.env.step(action)
+
+
+def test_an_agent_that_takes_masks_is_told_them(tmp_path: Path) -> None:
+    """And not asked for them where there are none."""
+    from sb3_contrib import MaskablePPO
+
+    options = dict(policy_kwargs={"questions": [FALL], "net_arch": [8]}, device="cpu", seed=0)
+    model = MaskablePPO("QAMlpPolicy", make_vec_env(Forbidding, 1, seed=0), **options)
+    for name, env in (("with", Forbidding()), ("without", gym.make("CartPole-v1"))):
+        folder = package(model, tmp_path / name, "CartPole-v1", env, n_eval_episodes=2)
+        assert json.loads((folder / "results.json").read_text())["mean_reward"] >= 8
+
+
 def test_a_failing_evaluation_leaves_no_folder(made, tmp_path: Path) -> None:
     env = VecVetoAction(make_vec_env("CartPole-v1", 1), "fall[k=5]", 0.5)
     with pytest.raises(QAError, match="has no answerer yet"):

@@ -23,11 +23,12 @@ from stable_baselines3.common.vec_env import (
     is_vecenv_wrapped,
 )
 
-from sb3_qa.answerer import QuestionAnswerer
+from sb3_qa.answerer import QuestionAnswerer, Reading
 from sb3_qa.errors import QAError
 from sb3_qa.evaluation import seeded_vec_env
 from sb3_qa.memory import Memory
 from sb3_qa.policies import QAPolicyMixin, algorithms, stock_policies
+from sb3_qa.wrappers.substitutes import takes_masks
 
 __all__ = ["Agent", "load_agent", "make_env"]
 
@@ -43,23 +44,49 @@ class Agent:
         self.qa = qa
         self.model = model
 
-    def act(self, obs: Any, memory: Memory | None, *, deterministic: bool) -> NDArray[Any]:
-        """Actions (n_envs, ...) for a batch of observations; those liked best of an answerer, and of an agent with an LSTM."""
+    def act(
+        self, obs: Any, memory: Memory | None, *, deterministic: bool, action_masks: NDArray[np.bool_] | None = None
+    ) -> NDArray[Any]:
+        """Actions (n_envs, ...) for a batch of observations; those liked best of an answerer, and of an agent with an LSTM.
+
+        :param action_masks: which actions the environments allow, for an agent that takes them
+        """
         if self.model is not None and memory is None:
-            return np.asarray(self.model.predict(obs, deterministic=deterministic)[0])
-        return self.qa.read(obs, memory).preferred()
+            told = _told(self.model, action_masks)
+            return np.asarray(self.model.predict(obs, deterministic=deterministic, **told)[0])
+        return self._liked_best(obs, self.qa.read(obs, memory), action_masks)
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[Any], Any]:
         """As a model's ``predict()``, for :func:`~sb3_qa.evaluation.run_episodes`; an answerer takes the action it likes best."""
         if self.model is not None:
-            return self.model.predict(observation, state, episode_start, deterministic)
+            told = _told(self.model, action_masks)
+            return self.model.predict(observation, state, episode_start, deterministic, **told)
         memory = state if state is not None else self.qa.blank(observation)
         if memory is not None:
             memory = Memory(memory.state, np.array(episode_start, np.bool_))
         reading = self.qa.read(observation, memory)
-        return reading.preferred(), reading.remembered(np.zeros(len(reading), np.bool_))
+        actions = self._liked_best(observation, reading, action_masks)
+        return actions, reading.remembered(np.zeros(len(reading), np.bool_))
+
+    def _liked_best(self, obs: Any, reading: Reading, action_masks: NDArray[np.bool_] | None) -> NDArray[Any]:
+        """What the answerer's own policy likes best of what it may do."""
+        told = _told(self.qa.policy, action_masks)
+        if not told:
+            return reading.preferred()
+        actions, _ = self.qa.policy.predict(obs, deterministic=True, **told)
+        return np.asarray(actions + getattr(self.qa.policy.action_space, "start", 0))  # the policy counts from 0
+
+
+def _told(agent: Any, action_masks: NDArray[np.bool_] | None) -> dict[str, Any]:
+    """What is told to an agent that takes masks."""
+    return {} if action_masks is None or not takes_masks(agent) else {"action_masks": action_masks}
 
 
 def load_agent(path: Path, algorithm: str | None = None) -> Agent:

@@ -67,6 +67,7 @@ class Conversation:
         self.total = 0.0
         self.obs: Any = None
         self.memory: Memory | None = None  # of an agent with an LSTM
+        self.masked: bool = env.has_attr("action_masks")
 
     @property
     def prompt(self) -> str:
@@ -127,9 +128,7 @@ class Conversation:
     # --- the environment -----------------------------------------------------------------------------------------------
     def _step(self, n: int, action: NDArray[Any] | None = None) -> None:
         for _ in range(n):
-            taken = (
-                self.agent.act(self.obs, self.memory, deterministic=self.deterministic) if action is None else action
-            )
+            taken = self._choice(deterministic=self.deterministic) if action is None else action
             after = self.qa.read(self.obs, self.memory) if self.memory is not None else None
             self.obs, rewards, dones, infos = self.env.step(taken)
             self.memory = None if after is None else after.remembered(dones)
@@ -147,6 +146,11 @@ class Conversation:
                 self.begin()
                 return
         self._show()
+
+    def _choice(self, *, deterministic: bool) -> NDArray[Any]:
+        """The action (1, ...) that the agent chooses of what the environment allows."""
+        masks = np.array(self.env.env_method("action_masks"), np.bool_) if self.masked else None
+        return self.agent.act(self.obs, self.memory, deterministic=deterministic, action_masks=masks)
 
     def _do(self, name: str) -> None:
         self._step(1, np.asarray(self._action(name))[None])
@@ -192,7 +196,7 @@ class Conversation:
         """An answer about one state in lines: what they are about, and what is said."""
         per_action = np.ndim(answer.value) == 2
         labels = list(self.qa.action_names or []) if per_action else [""]
-        chosen = self.agent.act(self.obs, self.memory, deterministic=True)[0] if per_action else None
+        chosen = self._choice(deterministic=True)[0] if per_action else None
         rows: list[tuple[str, Text]] = []
         for n, label in enumerate(labels):
             part = _part(answer, (0, n) if per_action else (0,))
@@ -214,7 +218,7 @@ class Conversation:
             raise QAError(
                 "the answerer was taught no questions about actions; expected some with {action} in their text; ask about the state instead"
             )
-        own = self.agent.act(self.obs, self.memory, deterministic=True)[0]
+        own = self._choice(deterministic=True)[0]
         same = np.array_equal(action, own)
         mine = {f"{self._name(own)} (the agent's choice)": own}
         self._table(mine if same else {self._name(action): action} | mine, about)
