@@ -233,10 +233,22 @@ def test_files_and_environments_that_do_not_fit_are_refused(files: Path, tmp_pat
         load_agent(tmp_path / "plain.zip")
     with pytest.raises(QAError, match="expected one of .*'dqn'"):
         load_agent(files / "cart.zip", "alphazero")
-    with pytest.raises(QAError, match="--env got 'Nope-v1'"):
-        make_env("Nope-v1")
+    (tmp_path / "bad.zip").write_text("no model")
+    with pytest.raises(QAError, match=r"bad.zip' could not be read .*; expected a model"):
+        load_agent(tmp_path / "bad.zip")
+    with pytest.raises(QAError, match="--algorithm got 'sac', and SAC could not load"):
+        load_agent(files / "cart.zip", "sac")
+    for name in ("Nope-v1", "no_such_module:CartPole-v1"):
+        with pytest.raises(QAError, match=f"--env got '{name}'"):
+            make_env(name)
     with pytest.raises(QAError, match="expected a JSON object"):
         make_env("CartPole-v1", "[1]")
+    with pytest.raises(QAError, match=r"--env-kwargs got .*foo.*; expected arguments that CartPole-v1 takes"):
+        make_env("CartPole-v1", '{"foo": 1}')
+    with pytest.raises(QAError, match="--frame-stack got 0; expected at least 1"):
+        make_env("CartPole-v1", frame_stack=0)
+    with pytest.raises(QAError, match="--seed got -1"):
+        make_env("CartPole-v1", seed=-1)
     with pytest.raises(QAError, match="expected those of the agent"):
         as_seen_by(load_agent(files / "cart.qa"), make_env("Acrobot-v1", render=False))
 
@@ -260,3 +272,5 @@ def test_usage_and_errors_of_the_command_line(files: Path, capsys: pytest.Captur
     assert main(["sing"]) == 2 and "no command 'sing'" in capsys.readouterr().err
     assert main(["ask", str(files / "none.qa"), "--env", "CartPole-v1"]) == 1
     assert "there is no file" in capsys.readouterr().err
+    assert main(["ask", str(files / "cart.qa"), "--env", "CartPole-v1", "--seed", "-1"]) == 1
+    assert "--seed got -1" in capsys.readouterr().err

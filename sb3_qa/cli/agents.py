@@ -96,7 +96,7 @@ def load_agent(path: Path, algorithm: str | None = None) -> Agent:
     none.
 
     :param algorithm: of a model, e.g. "ppo"; found out if None
-    :raises QAError: when there is none, or it has no questions
+    :raises QAError: when there is none, it cannot be read, or it has no questions
     """
     if not path.exists():
         raise QAError(
@@ -104,12 +104,26 @@ def load_agent(path: Path, algorithm: str | None = None) -> Agent:
         )
     if path.suffix != ".zip":
         return Agent(QuestionAnswerer.load(path))
-    data, _, _ = load_from_zip_file(path, device="cpu")
+    try:
+        data, _, _ = load_from_zip_file(path, device="cpu")
+    except ValueError as error:
+        raise QAError(
+            f"{str(path)!r} could not be read ({error}); expected a model; write it with model.save()"
+        ) from error
     if data is None or not issubclass(data.get("policy_class", object), QAPolicyMixin):
         raise QAError(
             f"{str(path)!r} holds a model without questions; expected a policy made by qa_policy(); train it with QACallback()"
         )
-    model = _class_of(data, algorithm).load(path, device="cpu")
+    of = _class_of(data, algorithm)
+    try:
+        model = of.load(path, device="cpu")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if algorithm is None:
+            raise
+        raise QAError(
+            f"--algorithm got {algorithm!r}, and {of.__name__} could not load {str(path)!r} ({type(error).__name__}: {error}); expected "
+            "the one that wrote it; leave it out to have it found"
+        ) from error
     return Agent(QuestionAnswerer.from_model(model), model)
 
 
@@ -156,6 +170,10 @@ def make_env(
     :param seed: of the first episode, the next one having the next seed and so on; not seeded if None
     :raises QAError: when it cannot be made
     """
+    if frame_stack < 1:
+        raise QAError(f"--frame-stack got {frame_stack}; expected at least 1; give e.g. 4")
+    if seed is not None:
+        check_seed(seed)
     try:
         given = json.loads(kwargs)
         assert isinstance(given, dict)
@@ -168,10 +186,16 @@ def make_env(
     make = partial(gym.make, name, **given)
     try:
         env: VecEnv = DummyVecEnv([make] * n_envs) if seed is None else seeded_vec_env(make, n_envs, seed)
-    except gym.error.Error as error:
+    except (gym.error.Error, ModuleNotFoundError) as error:
         raise QAError(
             f"--env got {name!r} ({error}); expected a registered environment; write module:Name-v0 to import the module that "
             "registers it"
+        ) from error
+    except TypeError as error:
+        if not json.loads(kwargs):
+            raise
+        raise QAError(
+            f"--env-kwargs got {kwargs!r} ({error}); expected arguments that {name} takes; leave out those that it does not"
         ) from error
     if frame_stack > 1:
         env = VecFrameStack(env, frame_stack)
@@ -183,6 +207,15 @@ def make_env(
         env = VecNormalize.load(str(normalize), env)
         env.training = False
     return env
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    :raises QAError: naming it
+    """
+    if seed < 0:
+        raise QAError(f"--seed got {seed}; expected a whole number, at least 0; give e.g. 0")
 
 
 def as_seen_by(agent: Agent, env: VecEnv) -> VecEnv:

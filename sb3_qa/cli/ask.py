@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from sb3_qa.cli.agents import as_seen_by, load_agent, make_env
+from sb3_qa.cli.agents import as_seen_by, check_seed, load_agent, make_env
 from sb3_qa.cli.conversation import Conversation
 from sb3_qa.errors import QAError
 
@@ -48,6 +48,7 @@ class Args:
 def main(argv: Sequence[str]) -> None:
     """Hold the conversation; ends with the input."""
     args = tyro.cli(Args, args=list(argv), prog="python -m sb3_qa ask")
+    check_seed(args.seed)
     agent = load_agent(args.model, args.algorithm)
     env = make_env(args.env, args.env_kwargs, frame_stack=args.frame_stack, normalize=args.normalize)
     env = as_seen_by(agent, env)
