@@ -509,6 +509,21 @@ def forms(*args, **kwargs):
 FORMS = ["single", "inside", "vec", "sync", "async"]
 
 
+class Bare(DummyVecEnv):
+    """As environments that are no Python objects have it."""
+
+    def get_attr(self, attr_name, indices=None):
+        if attr_name == "render_mode":  # which SB3 asks for itself
+            return [None] * self.num_envs
+        raise NotImplementedError
+
+
+def test_environments_that_cannot_be_asked_for_masks():
+    env = VecVetoAction(Bare([Toy]), "crash[k=3]", 0.5, qa=make_qa())
+    env.reset()
+    assert env.step(np.array([1]))[3][0]["qa/risk"] > 0
+
+
 class TestWhatTheEnvironmentForbids:
     """Is no way out, whether the agent has asked for ``action_masks()`` or not."""
 

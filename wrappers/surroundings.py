@@ -158,7 +158,10 @@ def masking(env: Any) -> Any:
     """
     inside, name = env.unwrapped, "action_masks"
     if isinstance(env, VecEnv):
-        return inside if inside.has_attr(name) else None
+        try:
+            return inside if inside.has_attr(name) else None
+        except NotImplementedError:  # a VecEnv of one's own that has nothing to ask for
+            return None
     if isinstance(env, VectorEnv):
         # Not asked for itself: a process that does not have it would end.
         return inside if hasattr(inside, "call") and all(inside.call("has_wrapper_attr", name)) else None
