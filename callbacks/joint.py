@@ -142,8 +142,8 @@ class QACallback(BaseCallback):
         model.qa_normalized = observation_normalizer(env) is not None  # type: ignore[attr-defined]
         model.qa_action_names = names_in(env)  # type: ignore[attr-defined]
         answerer = QuestionAnswerer.from_model(model)
-        bind_wrappers(model.get_env(), answerer, model.gamma)  # type: ignore[attr-defined]
-        _check_same_observations(model.get_env(), model._last_obs)
+        bind_wrappers(env, answerer, model.gamma)  # type: ignore[attr-defined]
+        _check_same_observations(env, model._last_obs)
         for sibling in eval_callbacks(self.locals.get("callback")):
             bind_wrappers(sibling.eval_env, answerer, model.gamma)  # type: ignore[attr-defined]
         joint = self._policy.qa_joint

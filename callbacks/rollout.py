@@ -112,8 +112,7 @@ class Recorder:
     def record(self, local: dict[str, Any]) -> None:
         """Take in one step from the local variables of ``collect_rollouts``."""
         infos, dones = local["infos"], local["dones"]
-        actions = local.get("clipped_actions", local["actions"])
-        actions = Rule.executed(actions, infos)
+        actions = Rule.executed(local.get("clipped_actions", local["actions"]), infos)
         ended = dones.nonzero()[0]
         truncated = np.zeros(len(dones), np.bool_)
         for i in ended.tolist():

@@ -571,14 +571,14 @@ class QuestionAnswerer:
         return actions
 
     def _index_of(self, name: str) -> int:
-        names = self.action_names or []
-        for like in (names, [known.lower() for known in names]):  # names may differ in capitals alone
-            said = name if like is names else name.lower()
-            if said in like:
-                return like.index(said) + int(self.policy.action_space.start)
-        raise QAError(
-            f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names"
-        )
+        names, said = self.action_names or [], name
+        if said not in names:  # which may differ in capitals alone
+            names, said = [known.lower() for known in names], name.lower()
+        if said not in names:
+            raise QAError(
+                f"there is no action {name!r}; expected one of {nearest(name, self.action_names or [])}; or set action_names"
+            )
+        return names.index(said) + int(self.policy.action_space.start)
 
 
 def _streams_of(device: torch.device) -> str:

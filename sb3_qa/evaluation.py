@@ -37,6 +37,8 @@ from sb3_qa.scores import (
 from sb3_qa.truth import Fact, Step
 from sb3_qa.units import own_units
 from sb3_qa.wrappers.shell import VecQAWrapper, own_rewards, qa_wrappers, row
+from sb3_qa.wrappers.substitutes import takes_masks
+from sb3_qa.wrappers.surroundings import action_masks
 from sb3_qa.wrappers.veto_rule import VetoRule
 
 __all__ = [
@@ -417,9 +419,7 @@ def run_episodes(
 
 def _told_masks(agent: Agent, venv: VecEnv) -> Agent:
     """The agent, told which actions the environments allow, where it asks for that and they tell it."""
-    predict = getattr(type(agent), "predict", None)
-    asks = "action_masks" in getattr(getattr(predict, "__code__", None), "co_varnames", ())
-    if not asks or not venv.unwrapped.has_attr("action_masks"):
+    if not takes_masks(agent) or not venv.unwrapped.has_attr("action_masks"):
         return agent
     around = [wrapper for wrapper, _ in qa_wrappers(venv) if isinstance(wrapper, VecQAWrapper)]
     rules = [wrapper.rule for wrapper in around if isinstance(wrapper.rule, VetoRule)]
@@ -428,7 +428,7 @@ def _told_masks(agent: Agent, venv: VecEnv) -> Agent:
         def predict(
             self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
         ) -> Any:
-            masks = np.array(venv.unwrapped.env_method("action_masks"), np.bool_)
+            masks = action_masks(venv.unwrapped)
             for rule in rules:
                 rule.masks(masks)
             return agent.predict(observation, state, episode_start, deterministic, action_masks=masks)  # type: ignore[call-arg]

@@ -65,9 +65,8 @@ def _frame_by_frame(env: VecFrameStack, obs: Any) -> Any:
         frames = [frame[key] if isinstance(obs, dict) else frame for frame in own]
         return np.concatenate(frames, -1 if any(_turns(each, key) for each in turned) else axis(key, value))
 
-    split = {}
-    _each(obs, lambda key, value: split.update({key: np.split(value, stacked.n_stack, axis(key, value))}))
-    own = [own_units(env.venv, _each(obs, lambda key, _, n=n: split[key][n])) for n in range(stacked.n_stack)]
+    split = _each(obs, lambda key, value: np.split(value, stacked.n_stack, axis(key, value)))
+    own = [own_units(env.venv, _each(split, lambda _, frames, n=n: frames[n])) for n in range(stacked.n_stack)]
     return _each(obs, joined)
 
 

@@ -181,9 +181,10 @@ def make_env(
         raise QAError(
             f"--env-kwargs got {kwargs!r}; expected a JSON object; write e.g. '{{\"gravity\": -9.0}}'"
         ) from None
+    mode: dict[str, Any] = {}
     if render and "render_mode" not in given:
-        given["render_mode"] = _render_mode(name, [render] if isinstance(render, str) else ["ansi", "rgb_array"])
-    make = partial(gym.make, name, **given)
+        mode = {"render_mode": _render_mode(name, [render] if isinstance(render, str) else ["ansi", "rgb_array"])}
+    make = partial(gym.make, name, **given, **mode)
     try:
         env: VecEnv = DummyVecEnv([make] * n_envs) if seed is None else seeded_vec_env(make, n_envs, seed)
     except (gym.error.Error, ModuleNotFoundError) as error:
@@ -192,7 +193,7 @@ def make_env(
             "registers it"
         ) from error
     except TypeError as error:
-        if not json.loads(kwargs):
+        if not given:
             raise
         raise QAError(
             f"--env-kwargs got {kwargs!r} ({error}); expected arguments that {name} takes; leave out those that it does not"

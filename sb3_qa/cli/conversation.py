@@ -19,6 +19,7 @@ from sb3_qa.cli.agents import Agent
 from sb3_qa.errors import QAError
 from sb3_qa.memory import Memory
 from sb3_qa.questions import Instance
+from sb3_qa.wrappers.surroundings import action_masks
 
 __all__ = ["Conversation"]
 
@@ -149,7 +150,7 @@ class Conversation:
 
     def _choice(self, *, deterministic: bool) -> NDArray[Any]:
         """The action (1, ...) that the agent chooses of what the environment allows."""
-        masks = np.array(self.env.env_method("action_masks"), np.bool_) if self.masked else None
+        masks = action_masks(self.env) if self.masked else None
         return self.agent.act(self.obs, self.memory, deterministic=deterministic, action_masks=masks)
 
     def _do(self, name: str) -> None:
