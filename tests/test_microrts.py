@@ -145,10 +145,14 @@ def test_a_clone_lives_by_itself() -> None:
     for _ in range(20):
         env.step(int(np.flatnonzero(env.action_masks())[-1]))
     clone = env.clone()
-    before = env._observe()
+
+    def seen(game: MicroRTS) -> Any:
+        return game._observe(game._look())
+
+    before = seen(env)
     for _ in range(30):
         clone.step(int(np.flatnonzero(clone.action_masks())[-1]))
-    assert np.array_equal(env._observe(), before) and not np.array_equal(clone._observe(), before)
+    assert np.array_equal(seen(env), before) and not np.array_equal(seen(clone), before)
 
 
 @needs_the_game
