@@ -75,6 +75,9 @@ class Reading:
         else:
             self._latents = policy.qa_taps.read(policy, obs)
         self.hidden: Floats = self._head.hidden(self._policy.qa_taps.join(self._latents))
+        blind = _not_finite(obs)
+        if blind is not None:
+            self.hidden[blind] = np.nan  # behind a tanh an infinite observation would have answers like any other
         self._state_logits: Floats | None = None
 
     def __len__(self) -> int:
@@ -254,6 +257,16 @@ class Reading:
         if self._policy.squash_output:
             return np.asarray(self._policy.unscale_action(actions), space.dtype)
         return np.clip(actions, space.low, space.high)
+
+
+def _not_finite(obs: Any) -> NDArray[np.bool_] | None:
+    """Which observations are not finite in some part, (n,); None where all are."""
+    wrong = []
+    for part in obs.values() if isinstance(obs, dict) else [obs]:
+        values = part if isinstance(part, np.ndarray) else part.numpy(force=True)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            wrong.append(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    return np.logical_or.reduce(wrong) if wrong else None
 
 
 class QuestionAnswerer:

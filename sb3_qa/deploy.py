@@ -119,6 +119,11 @@ class AnswererModule(nn.Module):
         else:
             latents = self.policy.qa_taps.tensors(self.policy, obs)
         hidden = torch.cat([latents[n] for n in self.policy.qa_taps.keep], dim=1)
+        for part in [obs] if self.keys is None else obs.values():
+            if (
+                part.is_floating_point()
+            ):  # where it is infinite nothing is known, though behind a tanh all would be finite
+                hidden = hidden + (part.flatten(1) * 0).sum(dim=1, keepdim=True)
         for n in range(self.n_layers):
             hidden = (torch.tanh(hidden) if n else hidden) @ self._of(f"layer_{n}") + self._of(f"layer_{n}_bias")
         x = torch.tanh(hidden) if self.n_layers else hidden

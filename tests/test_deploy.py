@@ -198,6 +198,11 @@ def test_files_answer_as_the_answerer_does(tmp_path: Path, name: str) -> None:
                 assert told.get("options", told.get("values")) is None or (
                     len(told.get("options", told.get("values"))) == expected.shape[-1]
                 )
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":  # of what is not finite nothing is known
+        obs.reshape(7, -1)[0, -1] = np.inf
+        inputs |= as_inputs(obs)
+        for out in (way(inputs) for way in ways):
+            assert all(np.isnan(out[key][0]).all() and np.isfinite(out[key][1:]).all() for key in qa.questions)
     assert n_alike <= len(qa.questions)  # of images some saturate: at most half of what is compared says nothing
 
 

@@ -71,11 +71,11 @@ def once(env, action, seed=0):
 
 
 class Blinded(VecEnvWrapper):
-    """The second environment shows nans at the reset, or after so many steps, as told."""
+    """The second environment shows a number that is not finite at the reset, or after so many steps, as told."""
 
-    def __init__(self, venv, when):
+    def __init__(self, venv, when, value):
         super().__init__(venv)
-        self.when = when
+        self.when, self.value = when, value
 
     def reset(self):
         self.n = 0
@@ -88,7 +88,7 @@ class Blinded(VecEnvWrapper):
 
     def _blind(self, obs):
         if self.n in self.when:
-            (obs["vector"] if isinstance(obs, dict) else obs)[1, 2] = NAN
+            (obs["vector"] if isinstance(obs, dict) else obs)[1, 2] = self.value
         return obs
 
 
@@ -473,19 +473,30 @@ class TestNotFinite:
         assert info["qa/risk"] == 1.0
         assert info["qa/catastrophe"] is True
 
-    def test_observations_that_are_not_finite(self, risks):
+    @pytest.mark.parametrize("value", [NAN, INF, -INF])
+    def test_observations_that_are_not_finite(self, value):
         qa = make_qa()
         env = VetoAction(Toy(), "crash[k=3]", 1.0, on_veto=lambda obs, action: 2, qa=qa)
         env.reset(seed=0)
-        env.rule.obs = np.full((1, 4), NAN, np.float32)
+        env.rule.obs = np.full((1, 4), value, np.float32)
         with np.errstate(invalid="ignore"):
             info = env.step(0)[4]
         assert info["qa/catastrophe"] is True
         assert info["did"] == 2
 
-    @pytest.mark.parametrize("options", [{}, dict(on_veto="policy"), dict(shadow=True), dict(on_veto=lambda obs, a: a)])
+    @pytest.mark.parametrize(
+        ("options", "value"),
+        [
+            ({}, NAN),
+            ({}, INF),
+            (dict(on_veto="policy"), NAN),
+            (dict(on_veto="policy"), -INF),
+            (dict(shadow=True), NAN),
+            (dict(on_veto=lambda obs, a: a), NAN),
+        ],
+    )
     @pytest.mark.parametrize("make", BLINDED.values(), ids=BLINDED.keys())
-    def test_one_observation_that_is_not_finite_stops_no_other(self, make, options, tmp_path):
+    def test_one_observation_that_is_not_finite_stops_no_other(self, make, options, value, tmp_path):
         """Its environment goes on, flagged, as it was proposed; the others are judged as ever, and so is it afterwards."""
         model = make()
         qa, space = QuestionAnswerer.from_model(model), model.action_space
@@ -493,7 +504,7 @@ class TestNotFinite:
         actions = [np.stack([space.sample() for _ in range(3)]) for _ in range(4)]
         runs = []
         for when in ((), (0, 2)):
-            venv = Blinded(toys(3, action_space=space, observation_space=model.observation_space), when)
+            venv = Blinded(toys(3, action_space=space, observation_space=model.observation_space), when, value)
             record = tmp_path / f"{len(when)}.sqlite"
             env = VecVetoAction(venv, "crash[k=3]", 0.0, qa=qa, record=record, **options)
             env.seed(7)
