@@ -94,7 +94,7 @@ QUESTIONS = [
     ),
     Question("How many units has the enemy?", now("enemy_units"), Number(0, 12), name="enemies"),
     Question(
-        "How many units will I have at most in 10 decisions?", peak("own_units", over=10), Number(0, 12), name="most"
+        "How many units will I have at most in 10 decisions?", peak("own_units", over=10), Number(0, 20), name="most"
     ),
     Question(
         "How few resources will I have in 5 decisions?", lowest("own_resources", over=5), Number(0, 15), name="poorest"
@@ -133,6 +133,7 @@ def task(
         policy_kwargs=dict(net_arch=[256, 128]),
         timesteps=timesteps,
         n_envs=8,
+        episodes=100,
         evaluation_envs=20,
         solved=solved,
         oracle=Counterfactuals(clone, catastrophe="ruined", horizon=10, rollouts=2),
