@@ -129,6 +129,7 @@ def test_continuous_actions_and_observations_in_a_dict():
     both = spaces.Dict({"near": spaces.Box(-9, 9, (4,), np.float32), "far": spaces.Box(-9, 9, (2,), np.float32)})
     qa = make_qa("MultiInputPolicy", action_space=space, observation_space=both)
     rng = np.random.default_rng(0)
+    both.seed(0)
     state, next_state = ({key: part.sample()[None].repeat(3, 0) for key, part in both.items()} for _ in range(2))
     action = rng.uniform(-1, 1, (3, 2)).astype(np.float32)
     rewards = QAReward(qa, {"crash[k=1]": -1.0, "speed": 0.1})(state, action, next_state, np.zeros(3, bool))
